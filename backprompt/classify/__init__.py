@@ -1,11 +1,12 @@
 """Classification by completion probability: the most probable of given completions behind a prompt.
 
-The start of a completion is a hard boundary: its string is encoded by itself, and its ids follow those of the prompt.
+The start of a completion is a hard boundary. Each completion is encoded by itself, and its token ids follow those of
+the prompt, so no token spans the boundary.
 
-Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr), which scores completions one after the
-other; with `end_of_prompt=" "`, CAPPr's default, the numbers are also the same.
+Names and options are those of CAPPr (Dubey, https://github.com/kddubey/cappr). With `end_of_prompt=" "`, CAPPr's
+default, the numbers are also the same.
 
-The folder may import texts and `LM`s; `weighing.py`, `search.py` and `calibration.py` know neither.
+Modules of this folder may import texts and `LM`s, except `weighing.py`, `search.py` and `calibration.py`.
 A new correction of probabilities goes into `weighing.py`, a new search into a module beside `search.py`.
 """
 

@@ -23,8 +23,8 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
 
     Raises:
         TypeError: an argument holds something other than numbers.
-        ValueError: the numbers of completions differ; an element is not a probability; a neutral probability is 0 and
-            the probability to divide is not, or all of a row are 0.
+        ValueError: the numbers of completions differ; an element is negative; a neutral probability is 0 where the
+            probability to divide is not; or all probabilities of a row are 0.
 
     """
     given, neutral = (
@@ -55,7 +55,9 @@ def calibrate(probabilities: npt.ArrayLike, neutral_probabilities: npt.ArrayLike
 
 
 def best_threshold(probabilities: npt.ArrayLike, is_positive: npt.ArrayLike) -> float:
-    """Return the threshold t at which `probability >= t` is most often right on labelled data, in the middle of a gap.
+    """Return the threshold t for which `probability >= t` agrees with the most labels.
+
+    The threshold lies midway between two neighbouring probabilities, unless it makes all examples positive, or none.
 
     Args:
         probabilities: those of the positive class, `(examples,)`.

@@ -8,8 +8,8 @@ The start of a completion is a hard boundary: its string is encoded by itself, w
     ""              "yes"              "yes"
 
 With "auto", a completion that begins with white space gets no space before it. Some tokenizers, such as those of
-SentencePiece, put a space before every string by themselves: for them the bare string stands for a completion with a
-space before it, and a completion without a space is encoded as a continuation.
+SentencePiece, add a space before every string. With such a tokenizer, a completion with a space before it is encoded
+as the bare string, and a completion without a space is encoded as a continuation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EncodedCompletions:
         strings: the completions as they were given.
         end: the end of the prompts, which decides whether a space stands before each completion.
         token_ids: the ids of each completion behind such a prompt; no two are the same, and none is empty.
-        adapter: the number of the adapter that the prompts end under, and so the completions are under.
+        adapter: the number of the adapter at the end of the prompts, which is also the adapter of the completions.
 
     """
 
@@ -72,7 +72,7 @@ class EncodedCompletions:
 
     @cached_property
     def longest(self) -> tuple[int, ...]:
-        """The ids of the completion with the most tokens, the first of equals."""
+        """The ids of the completion with the most tokens; of equally long completions, the first."""
         return max(self.token_ids, key=len)
 
 
@@ -82,7 +82,7 @@ def check_end_of_prompt(given: object) -> None:
 
 
 def ends_behind(lm: LM | None, prompts: Sequence[tuple[Text, EndOfPrompt]]) -> list[EndOfPrompt]:
-    """Return the effective `end_of_prompt` of each prompt; "auto" stays where a space may follow the prompt."""
+    """Return the effective `end_of_prompt` of each prompt: "auto" becomes "" if no space may follow the prompt."""
     added_tokens = () if lm is None else lm.session.added_tokens
     return [end if end != "auto" or _takes_a_space(prompt, added_tokens) else "" for prompt, end in prompts]
 
@@ -112,7 +112,7 @@ def completion_ids(
     """Return the ids of completions behind prompts with these ends, without special tokens.
 
     Raises:
-        TokenizerError: the tokenizer cannot encode a completion, or not without a space.
+        TokenizerError: the tokenizer cannot encode a completion, or can encode it only with a space before it.
 
     """
     wanted = list(dict.fromkeys(completions))
@@ -133,7 +133,8 @@ def encoded(lm: LM, behind: Sequence[tuple[EndOfPrompt, tuple[str, ...], int]]) 
 
     Raises:
         TokenizerError: see `completion_ids`.
-        ValueError: a completion has no tokens, or two of a prompt have the same, as " a" and "a" do with "auto".
+        ValueError: a completion has no tokens, or two completions of a prompt have the same tokens, such as " a" and
+            "a" with "auto".
 
     """
     distinct = {(end, id(strings), adapter): (end, strings) for end, strings, adapter in behind}

@@ -17,7 +17,8 @@ from backprompt.classify.weighing import Floats
 def discounts(pairs: PromptsWithCompletions, options: Options) -> dict[EncodedCompletions, list[Floats]]:
     """Return the array `(tokens,)` to add to the token log-probabilities of each of the common completions.
 
-    Each `EncodedCompletions` has arrays of its own, because the same ids are scored as behind its prompts.
+    Each `EncodedCompletions` has arrays of its own: a discount is scored with the token ids that stand behind the
+    prompts, and these ids depend on the end of the prompts.
 
     Raises:
         TypeError, ValueError: `log_marg_probs_completions` do not fit the completions' tokens.

@@ -29,26 +29,27 @@ def probability_of(
 ) -> float:
     """Return the probability that the model continues a prompt by a string of a finite language.
 
-    A string counts by its own token ids, encoded alone, as `log_probs` scores it. Other token ids that spell the same
-    string are not counted. All strings are scored as one trie, so common parts are computed once.
+    Each string is encoded by itself, and scored by these token ids, as in `log_probs`. Other token ids that spell the
+    same string are not counted. All strings are scored as one trie, so common beginnings are computed once.
 
     Args:
         prompt: a string or a `Text`.
         language: a `Regex`, a `JsonSchema` or a `Grammar` with at most 10,000 strings of at most 1,000 bytes.
         lm: the model; may be left out if the prompt is a `Text` with a model.
-        end_of_prompt: stands between the prompt and the string; see `log_probs`.
+        end_of_prompt: the string between the prompt and a string of the language; see `log_probs`.
         with_end_token: whether an end token of the model's `generation_config` must follow the string. Then the
-            probability is that the continuation *is* a string of the language, a sum over all of its strings. Without,
-            it is that the continuation *begins* with one: a string whose token ids begin with those of another string
-            adds nothing.
+            probability is that the continuation *is* a string of the language, a sum over all of its strings. Without
+            an end token, the probability is that the continuation *begins* with a string of the language. Then a
+            string whose token ids begin with those of another string adds nothing.
 
     Raises:
         TextTypeError: `language` is not a constraint.
         MissingDependencyError: llguidance is not installed.
         GenerationError: llguidance refuses the language.
-        ValueError: the language is not finite, has more strings or none, or has the empty string, with which every
-            continuation begins; has a string with and without a space before it, which "auto" makes one; or
-            `with_end_token` is set and the model has no end token.
+        ValueError: the language is not finite, exceeds the limits above, or has no string but the empty one; has the
+            empty string, with which every continuation begins, and `with_end_token` is not set; has a string both with
+            and without a space before it, which are equal under "auto"; or `with_end_token` is set and the model has
+            no end token.
         See `log_probs`.
 
     """

@@ -72,21 +72,22 @@ def predict_proba(
         normalize: whether the probabilities of the completions are scaled to sum to one.
         aggregate: the "mean" of a completion's token log-probabilities (as in CAPPr: long completions are not at a
             disadvantage) or their "sum" (the probability of the whole completion).
-        discount_completions: add this times each token's log-probability given only the completion's tokens before it;
-            negative values work against completions that are probable anywhere.
-        log_marg_probs_completions: those log-probabilities, if known, with the same `end_of_prompt`:
-            `token_logprobs(completions, lm, end_of_prompt=...)`.
+        discount_completions: a factor. The log-probability of each token without the prompt (given only the earlier
+            tokens of the completion), times this factor, is added to the token's log-probability behind the prompt.
+            A negative factor works against completions that are probable behind any prompt.
+        log_marg_probs_completions: the log-probabilities without the prompt, if the caller has them already:
+            `token_logprobs(completions, lm, end_of_prompt=...)`, with the same `end_of_prompt`.
         neutral_prompt: divide each completion's probability by its probability behind this prompt, such as "N/A"
             (domain-conditional normalisation, Holtzman et al. 2021, arXiv 2104.08315). With "auto", the space behind
             the neutral prompt depends on its own end, not on the ends of `prompts`.
 
     Returns:
         A float array, `(completions,)` for a single prompt and `(prompts, completions)` for a sequence; for a sequence
-        of examples a list of arrays. A completion that the model or the prior excludes has 0.
+        of examples a list of arrays. A completion that the model or the prior excludes has probability 0.
 
     Raises:
-        NonFiniteError: every completion behind a prompt has probability 0, with `normalize`; or a completion is
-            possible behind a prompt, but the probability to divide by is 0.
+        NonFiniteError: every completion behind a prompt has probability 0, so `normalize` is impossible; or a
+            completion is possible behind a prompt, but the probability to divide by is 0.
         See `log_probs`.
 
     """

@@ -26,7 +26,7 @@ class Example:
         completions: the candidates.
         prior: a probability for each completion; by default all are equal.
         normalize: whether the probabilities of the completions are scaled to sum to one.
-        end_of_prompt: "auto", " " or "": stands between prompt and completion; see `log_probs`.
+        end_of_prompt: the string between prompt and completion: "auto", " " or ""; see `log_probs`.
 
     Raises:
         TypeError, ValueError: the errors of `predict_proba` for such arguments.
@@ -77,7 +77,8 @@ def common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> 
     """Return the given `LM`, or that of the texts among the prompts.
 
     Raises:
-        MixedModelsError, UnboundTextError: the texts have several, or no text has one.
+        MixedModelsError: the prompts belong to several `LM`s, or to another `LM` than the given one.
+        UnboundTextError: no `LM` is given, and no prompt has one.
 
     """
     lm = None if given is None else as_lm(given)

@@ -1,7 +1,7 @@
 """Prompts with completions, and the log-probabilities of their tokens.
 
-All prompts and completions are one forest, so a prompt's keys and values exist once, completions share their common
-beginnings, and the first token of every completion is read off the prompt's last row.
+All prompts and completions form one forest. So a prompt's keys and values exist once, and completions share their
+common beginnings. The log-probability of each completion's first token is read from the row of the prompt's last token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from backprompt.tokens.graph import TokenIds, flat, num_positions
 
 MIN_PROMPTS_FOR_A_BAR = 5
 TOKENS_AT_A_TIME = 1 << 20
-"""Texts are scored in slices of about as many tokens, counted in strings: their ids take memory, too."""
+"""Prompts are scored in slices of about this many tokens, because token ids take memory, too. A token that several
+texts share counts once for each text."""
 
 
 def log_probs(
@@ -52,21 +53,21 @@ def log_probs(
         prompts: a string, a `Text` or an `Example`, or a sequence of them.
         completions: the candidates, for prompts that are no examples.
         lm: an `LM` or a `(model, tokenizer)` tuple; may be left out if a prompt is a `Text` with a model.
-        end_of_prompt: the string between a prompt and a completion. "auto": a space, or nothing if the completion
-            begins with white space, or the prompt ends in white space, in a special token (as a chat template's header
-            does), in another added token that does not end in a letter or digit (`<think>`), or in token ids. " ":
-            always a space, as in CAPPr. "": nothing. A completion is encoded by itself, together with the space before
-            it, if there is one.
-        show_progress_bar: by default on a terminal where there are at least 5 prompts.
+        end_of_prompt: the string between a prompt and a completion. A completion is encoded by itself, together with
+            this string. " ": always a space, as in CAPPr. "": no space. "auto": a space, except before a completion
+            that begins with white space, and behind a prompt that ends in white space, in a special token (as a chat
+            template's header does), in another added token that does not end in a letter or digit (`<think>`), or in
+            token ids.
+        show_progress_bar: whether to show a bar; by default only on a terminal, for at least 5 prompts.
 
     Returns:
-        For a single prompt a list with a list for each completion, which has a float for each token; for a sequence a
-        list of such lists. A token of probability 0 has -inf.
+        For a single prompt, a list for each completion, with a float for each token. For a sequence of prompts, a list
+        of such results. A token of probability 0 has -inf.
 
     Raises:
         TypeError, ValueError: invalid arguments; the message says what to do instead. Raised before anything is
             computed.
-        GroupError: a prompt ends in a group, so no one token stands before the completion.
+        GroupError: a prompt ends in a group, so no single token stands before the completion.
         All errors of `LM.token_logprobs`, such as TextTooLongError, which names the prompt.
 
     """
@@ -83,11 +84,11 @@ def token_logprobs(
     end_of_prompt: EndOfPrompt = "auto",
     show_progress_bar: bool | None = None,
 ) -> list[Any]:
-    """Return the log-probability of each token of each text given those before it; None for a first token.
+    """Return the log-probability of each token of each text, given the earlier tokens; None for a first token.
 
-    Strings are encoded like completions, without special tokens; "auto" encodes them as behind a prompt that a space
-    may follow. A `Text` is taken unchanged. By default a bar shows if scoring takes several passes and over two
-    seconds.
+    Strings are encoded like completions, without special tokens. With "auto", strings are encoded as behind a prompt
+    that ends in a word. A `Text` is scored unchanged. By default a bar shows if scoring takes several passes and over
+    two seconds.
 
     Returns:
         A list of floats for a single text, else a list of such lists.
@@ -116,10 +117,10 @@ class PromptsWithCompletions:
     """Prompts bound to an `LM`, and the completions of each: checked and encoded, not yet computed.
 
     Attributes:
-        lm: the `LM` of all of them.
-        prompts: as texts.
-        prompt_ids: of each prompt, as they are where something follows.
-        completions: of each prompt; one object for prompts with common completions.
+        lm: the `LM` of all prompts.
+        prompts: the prompts as texts.
+        prompt_ids: the ids of each prompt, without the tokens that a tokenizer appends at an end.
+        completions: the completions of each prompt; prompts with common completions share one object.
         examples: the given examples, if each prompt has completions of its own; else empty.
         is_single: whether a single prompt was given, not a sequence.
 
@@ -165,13 +166,13 @@ class PromptsWithCompletions:
         return bool(self.examples)
 
     def log_probs(self, show_progress_bar: bool | None) -> Iterator[list[Floats]]:
-        """Yield, for each prompt, an array of token log-probabilities a completion."""
+        """Yield, for each prompt, a list with the token log-probabilities of each completion, `(tokens,)`."""
         for block in self.scored(show_progress_bar):
             stops = np.cumsum(block.completions.lengths)[:-1]
             yield from (np.split(row, stops) for row in block.logprobs)
 
     def scored(self, show_progress_bar: bool | None) -> Iterator[ScoredBlock]:
-        """Yield all prompts in order, neighbours with common completions together."""
+        """Score the prompts, and yield them in order; neighbours with common completions form one block."""
         with self.bar(show_progress_bar) as bar:
             for prompt_idxs in self._slices():
                 for block in self._score(prompt_idxs):
@@ -184,7 +185,7 @@ class PromptsWithCompletions:
         return Bar(total=len(self.prompts), desc="prompts", disable=not is_shown)
 
     def _check_lengths(self) -> None:
-        """Raise for ids that the model lacks, a prompt without tokens, or a prompt and completion with too many."""
+        """Raise for ids that the model lacks, a prompt without tokens, or a prompt too long with its completions."""
         distinct = dict.fromkeys(self.completions)
         all_ids = dict.fromkeys(ids for own in distinct for ids in own.token_ids)
         lengths = [
@@ -203,7 +204,7 @@ class PromptsWithCompletions:
                 )
 
     def _slices(self) -> Iterator[range]:
-        """Yield the prompts that are scored together."""
+        """Yield slices of prompts, as ranges of their indices; the prompts of a slice are scored together."""
         first, num_tokens = 0, 0
         at_a_time = TOKENS_AT_A_TIME * self.lm.session.num_workers
         for idx, (prompt_ids, completions) in enumerate(zip(self.prompt_ids, self.completions, strict=True)):

@@ -1,10 +1,10 @@
 """Best-first search for the best of many completions, without scoring all of them. Pure Python.
 
 The completions form a trie of token ids. An *expanded* (forwarded) node gives the log-probabilities of all its
-children. Log-probabilities are at most 0, so further tokens can only lower the score of a path: a node's *bound* is
-the best score that any completion below it would have if further tokens lowered nothing. Nodes are expanded in the
-order of their bounds, until none can still beat the best finished completion (A* with this bound as its heuristic;
-Hart, Nilsson and Raphael 1968).
+children. Log-probabilities are at most 0, so further tokens can only lower the score of a path. A node's *bound* is
+the best score that any completion below it would have if all further tokens had log-probability 0. Nodes are expanded
+in the order of their bounds, until no node can still beat the best finished completion (A* with this bound as its
+heuristic; Hart, Nilsson and Raphael 1968).
 
     (root) -- cancel --+-- order            expanded: (root), cancel. "cancel order" has -0.9, and the bound of
                        +-- card             "refund" is -2.1, so no completion below it is looked at.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SLACK = 1e-9
-"""A bound may be this much too low (relative, and absolute near 0): sums in another order round differently."""
+"""The rounding error of a bound (relative; absolute below 1): sums in another order round differently."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Candidate:
     Attributes:
         token_ids: its ids; not empty.
         offset: its score if all its tokens had log-probability 0; may be inf or -inf.
-        divisor: divides the sum of its log-probabilities in its score: 1, or the number of its tokens.
+        divisor: the number by which the sum of its log-probabilities is divided: 1, or the number of its tokens.
 
     """
 
@@ -52,9 +52,9 @@ class Node:
 
     Attributes:
         token_ids: the path from the root.
-        children: by token id.
+        children: the next nodes, by token id.
         candidate_idxs: the completions that end here.
-        best: the completions below that may have the highest bound, for some cost of the path.
+        best: the completions below that have the highest bound for at least one log-probability of the path.
 
     """
 
@@ -87,18 +87,20 @@ def make_trie(candidates: Sequence[Candidate]) -> Node:
 
 
 class Search:
-    """The search for one prompt: call `expand`, look up each node's children, `tell`, until `expand` returns nothing.
+    """A search for the best completion behind one prompt.
+
+    Until `expand` returns no nodes, the caller passes the log-probabilities of each node's children to `tell`.
 
     Args:
-        root: the root of the candidates' trie; may serve many searches.
-        score: maps a completion's idx and the log-probabilities of its tokens to its score, which must be
-            `candidate.bound(sum of them)` up to rounding.
+        root: the root of the candidates' trie; several searches may share it.
+        score: maps a completion's idx and the log-probabilities of its tokens to its score, which must equal
+            `candidate.bound(sum of log-probabilities)` up to rounding.
 
     """
 
     def __init__(self, root: Node, score: Callable[[int, list[float]], float]) -> None:
         self.best_idx = 0
-        """The finished completion with the highest score; of equals the first."""
+        """The finished completion with the highest score; of equal scores, the first."""
         self.best_score = -math.inf
         self._score = score
         self._order = itertools.count()
@@ -128,12 +130,12 @@ class Search:
                     heapq.heappush(self._frontier, (-bound, next(self._order), child))
 
     def _may_win(self, bound: float) -> bool:
-        """Return whether a completion with this bound may have the highest score, or an equal one and come first."""
+        """Return whether a completion with this bound may still beat the best score, or equal it."""
         return bound > -math.inf and bound + SLACK * max(1.0, abs(bound)) >= self.best_score
 
 
 def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates with the highest bound after some path, without those that another beats in both terms."""
+    """Return the candidates that may have the highest bound: no other candidate is as good or better in both terms."""
     kept: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (-c.divisor, -c.offset)):
         if not kept or candidate.offset > kept[-1].offset:

@@ -29,8 +29,8 @@ from backprompt.session.text_scores import scores_of_next
 from backprompt.tokens.graph import with_more
 
 NODES_AT_A_TIME = 32
-"""The number of nodes that best-first search expands in one pass, if so many may still lead to the best completion. On
-two cores of a CPU a pass of 32 tokens takes hardly longer than a pass of a single token."""
+"""The largest number of nodes that best-first search expands in one pass. On two cores of a CPU a pass of 32 tokens
+takes hardly longer than a pass of a single token."""
 MAX_LIVE_SEARCHES = 32
 
 Expanded: TypeAlias = "tuple[int, Search, Node]"
@@ -92,7 +92,7 @@ class WeighedCompletions:
             yield weighing.probabilities(weights)
 
     def exhaustive(self) -> list[int]:
-        """Return, for each prompt, the completion with the highest weight, the first of equals, scoring all."""
+        """Return, for each prompt, the idx of the completion with the highest weight; of equal weights, the first."""
         best = []
         for idx, weights in enumerate(self.weights()):
             self._check_possible(idx, weights.max())
@@ -100,7 +100,7 @@ class WeighedCompletions:
         return best
 
     def best_first(self) -> list[int]:
-        """Return, for each prompt, the completion with the highest weight, the first of equals."""
+        """Return the same as `exhaustive`, without scoring completions that cannot win."""
         best = [0] * len(self.pairs.prompts)
         searches = self._searches()
         live: dict[int, Search] = {}
@@ -123,7 +123,7 @@ class WeighedCompletions:
                     self._look_up(expanded)
 
     def _look_up(self, expanded: Sequence[Expanded]) -> None:
-        """Tell searches the log-probabilities of all tokens that follow the nodes that they expand."""
+        """Compute the log-probabilities of the children of the expanded nodes, and pass them to the searches."""
         prompt_ids, own = self.pairs.prompt_ids, self.pairs.completions
         with showing(False):  # there is a bar over the prompts
             following = scores_of_next(
@@ -138,7 +138,7 @@ class WeighedCompletions:
             search.tell(node, {token_id: next(logprobs) for token_id in node.children})
 
     def _searches(self) -> Iterator[tuple[int, Search]]:
-        """Yield a search for each prompt; neighbours with common completions, weighed alike, share a trie."""
+        """Yield a search for each prompt; neighbouring prompts with the same completions and weighing share a trie."""
         made_for: tuple[Weighing, EncodedCompletions] | None = None
         for idx, (weighing, own) in enumerate(zip(self.weighings, self.pairs.completions, strict=True)):
             if made_for is None or made_for[0] is not weighing or made_for[1] is not own:

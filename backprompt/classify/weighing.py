@@ -26,7 +26,7 @@ AGGREGATES: tuple[Aggregate, ...] = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Weighing:
-    """The weighing of a prompt's completions.
+    """How a prompt's completions are weighed.
 
     Attributes:
         aggregate: the "mean" or the "sum" of a completion's token log-probabilities.
@@ -96,7 +96,7 @@ class Weighing:
 
 
 def finite_weight(weight: float, completion: str) -> float:
-    """Return the weight of a completion, unless it is inf; -inf is allowed.
+    """Return the weight of a completion, or raise if the weight is inf; -inf is allowed.
 
     Raises:
         NonFiniteError: the weight is inf.
@@ -118,7 +118,7 @@ def log_of_prior(prior: Sequence[float] | None) -> Any:
 
 
 def checked_prior(prior: Sequence[float] | None, num_completions: int) -> Any:
-    """Return a prior as an array `(completions,)`, or None where there is none.
+    """Return a prior as an array `(completions,)`, or None if no prior is given.
 
     Raises:
         TypeError, ValueError: the prior is not a probability for each completion, or its sum is not 1.

@@ -1,6 +1,7 @@
 """The command line: `backprompt`, and `python -m backprompt`.
 
-The folder may import everything, but imports torch only when a command runs: `--help` and wrong options need not wait.
+Modules of this folder may import all other folders. They import torch only when a command runs, so that `--help` and
+errors in options show at once.
 A new command is a module with `add` and `run`, named in `__init__.py`; a shared option goes into `arguments.py`.
 """
 
@@ -53,7 +54,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code.
 
-    A call without `argv` is the program itself: an interrupt then ends the process as the signal does.
+    Without `argv` the call is the program itself, so an interrupt ends the process by the signal.
     """
     arguments = argparse.Namespace()
     try:
@@ -97,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {visible(message)} ({self.prog} --help says more)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse, and refuse unknown options at once: the parser of the command knows which ones they are like."""
+        """Parse, and refuse unknown options at once: only the command's own parser can suggest similar options."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 def _end_by_interrupt() -> None:
     """End the process by the signal itself, which shells show as 130.
 
-    A shell goes on with its loop after a program that catches the interrupt and only exits with 130.
+    A loop of a shell does not stop after a program that catches the interrupt and only exits with 130.
     """
     if os.name != "posix":
         return

@@ -204,7 +204,7 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(arguments: argparse.Namespace) -> LM:
-    """Return the model that the arguments ask for."""
+    """Load the model that the arguments name."""
     import torch
 
     dtype = arguments.dtype
@@ -238,9 +238,9 @@ def read_input(arguments: argparse.Namespace) -> Input:
 
 
 def read_completions(given: str, encoding: str | None = None) -> list[str]:
-    """Return completions: a list with commas, or those in a file, one a line, or a JSON list in a file called .json.
+    """Return completions from a list with commas, a file with one a line, or a file .json with a JSON list.
 
-    Blanks around commas and at the ends of lines are left out; a message says so for the latter.
+    Blanks around commas and at the ends of lines are left out; a message reports blanks at the ends of lines.
 
     Raises:
         CommandError: the file does not exist, or cannot be read.
@@ -283,7 +283,7 @@ def read_text(path: str, encoding: str | None = None) -> str:
 
 
 def _encoding(given: str) -> str:
-    """Return the name of an encoding of text: a type of argparse."""
+    """Return the name of an encoding of text; for `type=` of argparse."""
     try:
         "".encode(given)
     except LookupError as error:
@@ -292,7 +292,7 @@ def _encoding(given: str) -> str:
 
 
 def _delimiter(given: str) -> str:
-    r"""Return the character between values: a type of argparse; \t is a tab."""
+    r"""Return the character between values; for `type=` of argparse. \t is a tab."""
     character = unescaped(given)
     if len(character) != 1 or character in '"\r\n':
         raise argparse.ArgumentTypeError(f"{given!r} is not a character that separates values")
@@ -300,7 +300,7 @@ def _delimiter(given: str) -> str:
 
 
 def finite(given: str) -> float:
-    """Return a finite float: a type of argparse."""
+    """Return a finite float; for `type=` of argparse."""
     number = float(given)
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{given} is not a finite number")

@@ -1,6 +1,6 @@
 """`backprompt demo`: the example of the README, 40 customer questions sorted into 12 intents by a small model.
 
-The demo is examples/intents.py itself: in a checkout there, and in an installed package in a folder of its own.
+The demo is examples/intents.py itself. An installed package has a copy of its folder.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _example() -> Iterator[Any]:
-    """Yield the example as a module; the modules that it imports lie beside it and have plain names."""
+    """Yield the example as a module; it imports the modules beside it by their plain names."""
     folder = next((folder for folder in _FOLDERS if (folder / "intents.py").is_file()), None)
     if folder is None:
         raise CommandError("The demo is not part of this installation. Install backprompt from its wheel or checkout.")

@@ -196,7 +196,7 @@ def _json_schema(given: str) -> JsonSchema:
 
 
 def _named(constraint: Regex | JsonSchema | None) -> dict[str, str | None]:
-    """Return a constraint by the names of its options, None for one that is not given."""
+    """Return the values of the options for constraints, by name; None for an option that is not given."""
     return {"regex": getattr(constraint, "pattern", None), "json_schema": getattr(constraint, "json", None)}
 
 

@@ -197,7 +197,7 @@ def decoded(data: bytes, where: str, *, may_have_mark: bool = True) -> str:
 
 
 def _delimiter_hint(names: Sequence[str]) -> str:
-    """Return advice for a header of one column that seems to be several with another delimiter; "" for others."""
+    """Return advice if the header has a single column, whose name contains another delimiter; else ""."""
     found = [character for character in _OTHER_DELIMITERS if len(names) == 1 and character in names[0]]
     if not found:
         return ""
@@ -206,7 +206,7 @@ def _delimiter_hint(names: Sequence[str]) -> str:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, called by `json.loads`, which alone would keep the last of two values silently."""
+    """Return a JSON object for `json.loads`, which by itself would silently keep the last value of a repeated name."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -216,7 +216,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(number: str) -> float:
-    """Return a float, called by `json.loads`, which alone takes NaN and numbers that are too large for a float."""
+    """Return a float for `json.loads`, which by itself accepts NaN and numbers that are too large for a float."""
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number} is not a finite number")

@@ -1,8 +1,8 @@
 """Output: a file or a pipe of results, in the order of the input, and only ever appended to.
 
-The output of a killed process is a beginning of the whole output, except perhaps for its last row, and another process
-can continue there. An `Output` keeps the file, which no other process of this program may write to meanwhile, the
-columns of CSV, and the size of the earlier content that stays.
+So the output of a killed process is the beginning of the whole output, except perhaps for its last row, and another
+process can continue it. An `Output` keeps the file, locked against other processes of this program; the columns of CSV;
+and the size of the earlier content that is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Output:
         path: a file, or "-" for standard output.
         format: the format of its rows.
         new_fields: the fields that results add to a row's own fields.
-        rows_per_prompt: the number of rows that each row of input becomes.
+        rows_per_prompt: the number of output rows for each row of input.
         escapes_formulas: CSV: put ' before cells that spreadsheets would run.
 
     """
@@ -64,14 +64,14 @@ class Output:
     def resume(
         self, rows: Iterator[Row], check: Callable[[Mapping[str, Any]], str | None]
     ) -> tuple[int, Iterator[Row]]:
-        """Continue behind the rows in the file: take their rows from the input; `cut_off` drops a half-written rest.
+        """Continue an existing file: skip the input rows whose results it has; `cut_off` drops a half-written rest.
 
         Args:
             rows: the rows of the input.
-            check: returns the fault in the new fields of a row, or None.
+            check: returns the fault in the new fields of a row, in words, or None.
 
         Returns:
-            The number of rows taken from the input, and the other rows.
+            The number of skipped rows of input, and the other rows.
 
         Raises:
             CommandError: the rows of the file, or the rest to be dropped, were not made from this input.
@@ -108,7 +108,7 @@ class Output:
         """Raise CommandError unless the rest to be dropped is a beginning of the next rows.
 
         Args:
-            written: whole rows, but not all rows that a row of input becomes.
+            written: whole rows for one row of input, but not all of its rows.
             to_come: the next rows of input, two or as many as there are.
             check: as in `resume`.
 
@@ -132,7 +132,7 @@ class Output:
             raise refused
 
     def _beginning(self, row: Row) -> bytes:
-        """Return the beginning of the next rows, up to the first result: the header of CSV if due, or the row."""
+        """Return the bytes to write next, up to the first result: the header of CSV if it is missing, else the row."""
         if self.format == "jsonl":
             return json_row(row, {self._new_fields[0]: 0}).removesuffix("0}").encode()
         if self._columns is None:
@@ -234,7 +234,7 @@ class Output:
         self._file.write(text.encode())
 
     def cut_off(self) -> None:
-        """Drop the file's content, except for the rows to go on behind; a pipe or a device has no content."""
+        """Drop the file's content behind the rows that are kept; a pipe or a device has no content."""
         assert self._file is not None
         if self.path != PIPE and os.fstat(self._file.fileno()).st_size > self._num_kept_bytes:
             self._file.truncate(self._num_kept_bytes)
@@ -277,7 +277,7 @@ class Output:
 
 @dataclass(frozen=True)
 class _Written:
-    """A row of the output: its number, its fields, and its end in the file."""
+    """A row of the output: its idx, its fields, and the byte offset behind it."""
 
     idx: int
     fields: dict[str, Any]

@@ -36,7 +36,7 @@ class Template:
 
     @classmethod
     def of(cls, given: str) -> Template:
-        r"""Return a template: a type of argparse; \n and \t are escapes as in C, {{ and }} are braces.
+        r"""Return a template; for `type=` of argparse. \n and \t are escapes as in C, {{ and }} are braces.
 
         Raises:
             ArgumentTypeError: braces are not closed, or have no name between them.
@@ -107,8 +107,8 @@ def split_at_common_beginnings(strings: Sequence[str]) -> list[tuple[str, ...]]:
 
         ["a b c", "a b d"]  ->  [("a b", " c"), ("a b", " d")]
 
-    Neighbours in sorted order have the longest common beginnings. So the cuts of a string are the lengths of the common
-    beginnings with its neighbour before and behind, and those of the neighbour's own cuts that lie before.
+    Neighbours in sorted order have the longest common beginnings. So a string is cut where its common beginning with
+    either neighbour ends, and at those cuts of the neighbour that lie before this place.
     """
     words = [_WORD.findall(string) for string in strings]
     order = sorted(range(len(words)), key=lambda idx: words[idx])

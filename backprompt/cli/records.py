@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def records(file: Iterable[bytes], format: Format) -> Iterator[tuple[bytes, int | None]]:
-    """Yield each row with its end, and the place of the end in the file: None for a last row without an end.
+    """Yield each row with its line break, and the byte offset behind it; None for a last row without a line break.
 
     A line break within quotes does not end a row of CSV. A quote within quotes is written twice, so the number of
     quotes so far says whether a quote is open.
@@ -36,7 +36,7 @@ def records(file: Iterable[bytes], format: Format) -> Iterator[tuple[bytes, int 
 
 
 def has_whole_row(tail: bytes, beginning: bytes) -> bool:
-    """Return whether a whole row of CSV with this beginning stands behind a line break in a row that has no end."""
+    """Return whether an unfinished last row contains, behind a line break, a whole row of CSV with this beginning."""
     start = tail.find(b"\n" + beginning)
     if start < 0:
         return False
@@ -45,27 +45,27 @@ def has_whole_row(tail: bytes, beginning: bytes) -> bool:
 
 
 def csv_line(values: Sequence[str]) -> str:
-    """Return a row of CSV with its end."""
+    """Return a row of CSV with its line break."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\r\n").writerow(values)  # the writer quotes the characters that end its lines
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def cell(value: Any) -> str:
-    """Return a value as CSV has it: a string as it is, nothing for None, all else as JSON."""
+    """Return a value as a cell of CSV: a string unchanged, an empty string for None, any other value as JSON."""
     if isinstance(value, str):
         return value
     return "" if value is None else as_json(value)
 
 
 def escaped_cell(value: Any) -> str:
-    """Return the same as `cell`, with ' before a formula of spreadsheets; a number is not a formula."""
+    """Return the same as `cell`, with ' before a value that spreadsheets take for a formula; numbers stay unchanged."""
     plain = cell(value)
     return f"'{plain}" if _FORMULA.match(plain) and not _NUMBER.fullmatch(plain) else plain
 
 
 def json_row(row: Row, new: Mapping[str, Any]) -> str:
-    """Return a row with new fields as one JSON object; the input's own fields are as they are written there."""
+    """Return a row with new fields as one JSON object; fields of the input keep the input's spelling."""
     own = as_json(row.fields) if row.source is None else visible_json(row.source)
     members = [object[1:-1].strip() for object in (own, as_json(new))]
     return f"{{{', '.join(filter(None, members))}}}"

@@ -190,7 +190,7 @@ def read_all(arguments: argparse.Namespace) -> tuple[list[Row], list[str] | None
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-    """Print the account."""
+    """Print the cost of evaluating the prompts."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
     named = names_of(rows, completions)
@@ -231,7 +231,7 @@ def run_draw(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Print the distance of the numbers from plain calls."""
+    """Print the gaps between the log-probabilities and those of plain calls."""
     rows, completions = read_all(arguments)
     lm = load_model(arguments)
     found = backprompt.verify(

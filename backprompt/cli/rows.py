@@ -1,7 +1,7 @@
 """Rows: a prompt and the other fields of its line of input, as JSONL or CSV, through files or pipes.
 
-The other fields of a row pass through to the output, so that rows can be told apart there: from JSONL to JSONL as they
-are written, numbers to the last digit.
+The other fields of a row are copied to the output, so that rows can be told apart there. From JSONL to JSONL they keep
+their spelling, numbers to the last digit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Row:
         where: the place of the row, for messages.
         parts: the parts of the prompt, to be joined with `+`.
         fields: all fields of the row, the prompt included.
-        source: the fields as the input has them, a JSON object; None for other input.
+        source: the JSON object as the input spells it; None for other input.
 
     """
 
@@ -97,5 +97,5 @@ def as_json(value: Any, *, allow_nan: bool = False) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as JSON, only the beginning of a long one."""
+    """Return a value as JSON, shortened if it is long."""
     return beginning(as_json(value), 40)

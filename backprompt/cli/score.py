@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace, completions: list[str], options: dict[str, Any]) -> int:
-    """Find the most probable completions of all of the input, without the probabilities of all."""
+    """Find the most probable completion behind each prompt, without the probabilities of all completions."""
     if arguments.top is not None or arguments.no_normalize:
         raise CommandError(
             "--search best-first finds the most probable completion and no probabilities: leave --top and "
@@ -168,7 +168,7 @@ def _compared(arguments: argparse.Namespace, completions: Sequence[str], options
 def _result(completions: Sequence[str], probabilities: Sequence[float], num_kept: int) -> dict[str, Any]:
     order = sorted(range(len(completions)), key=lambda idx: -probabilities[idx])[
         :num_kept
-    ]  # stable: the first of equals
+    ]  # a stable sort: of equal completions the first is first
     ranked = {completions[idx]: probabilities[idx] for idx in order}
     best = next(iter(ranked))
     return {"prediction": best, "probability": ranked[best], "probabilities": ranked}

@@ -21,7 +21,7 @@ _SHOWN_CHARACTERS = 60
 
 
 def add(commands: Any) -> None:
-    """Add the command, which has commands of its own."""
+    """Add the command, which has subcommands."""
     parser = commands.add_parser(
         "store",
         help="look into a folder of stored representations, check it, make it smaller",
@@ -136,7 +136,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 
 def _opened(arguments: argparse.Namespace) -> DiskStore:
-    """Open an existing store: a look into another folder must not turn that folder into a store."""
+    """Open an existing store; a folder that is not a store is refused, and stays as it is."""
     from backprompt.store.opening import is_url
     from backprompt.store.paths import FOLDERS, check_folder
 

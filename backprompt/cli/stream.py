@@ -1,6 +1,6 @@
-"""Jobs that turn rows of prompts into rows of results, a slice at a time, and can go on after an interruption.
+"""Jobs that turn rows of prompts into rows of results, a slice at a time, and can be resumed after an interruption.
 
-    check the options -> read and check all of a file -> look at what is written already -> load the model
+    check the options -> read and check all of a file -> read the rows of an earlier output -> load the model
     -> compute a slice -> append its rows -> the next slice ...
 
 So errors in the input show before a model is loaded. A pipe can be read only once, so each of its rows is checked
@@ -47,10 +47,10 @@ logger = logging.getLogger(__name__)
 _MARK = "backprompt"
 
 PROMPTS_A_SLICE = 64
-"""The tokens of a slice are planned together; common parts of slices stay in memory in between."""
+"""The tokens of a slice are planned together; parts that slices share stay in memory."""
 
 Compute: TypeAlias = "Callable[[Sequence[Text]], Sequence[Sequence[Mapping[str, Any]]]]"
-"""Maps prompts to the new fields of each row that a prompt becomes."""
+"""Maps prompts to new fields: for each prompt a sequence with the fields of each of its output rows."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Job:
     Attributes:
         new_fields: the names of the fields that the job adds to a row.
         compute: returns the computation with a model; raises for options that the model cannot use.
-        options: all options beside the model that results depend on, by name, as JSON has them.
-        rows_per_prompt: the number of rows that a prompt becomes.
-        check_written: returns the fault in the new fields of a row of the output, or None.
+        options: all options that results depend on, except the model's, by name, as values of JSON.
+        rows_per_prompt: the number of output rows for each prompt.
+        check_written: returns the fault in the new fields of a row of the output, in words, or None.
 
     """
 
@@ -110,7 +110,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(given: str) -> int:
-    """Return a positive int: a type of argparse."""
+    """Return a positive int; for `type=` of argparse."""
     number = int(given)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{given} is not at least 1")
@@ -118,7 +118,7 @@ def positive(given: str) -> int:
 
 
 def not_negative(given: str) -> int:
-    """Return an int of at least 0: a type of argparse."""
+    """Return an int of at least 0; for `type=` of argparse."""
     number = int(given)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{given} is not at least 0")
@@ -171,11 +171,11 @@ def _stream(arguments: argparse.Namespace, job: Job, given: Input, output: Outpu
 
 
 class Begun:
-    """A small file beside an incomplete output that names the options with which the output is written.
+    """A small file beside an incomplete output, with the options that the output is written with.
 
     Args:
         output: the path of the output; a pipe or a device has no such file.
-        options: all options that its rows depend on, by name, as JSON has them.
+        options: all options that the output's rows depend on, by name, as values of JSON.
 
     """
 
@@ -185,9 +185,9 @@ class Begun:
         self._options = dict(options)
 
     def check(self) -> None:
-        """Raise CommandError if there is such a file, and it names other options; without a file nothing is compared.
+        """Raise CommandError if the file exists and has other options.
 
-        An output without rows was not begun: the file may be of an earlier output that was replaced.
+        Options are not compared if the output is empty: then the file may belong to an earlier output.
         """
         found = self.found() if os.path.getsize(self._output) else None
         for name, now in self._options.items():
@@ -218,7 +218,7 @@ class Begun:
         return self._output != PIPE and os.path.isfile(self._output)
 
     def found(self) -> dict[str, Any] | None:
-        """Return the options in the file, or None; raises CommandError for another file of this name."""
+        """Return the options in the file, or None; raises CommandError for a file that backprompt did not write."""
         try:
             options = json.loads(self._path.read_text(encoding="utf-8"))[_MARK]
             return dict(options)

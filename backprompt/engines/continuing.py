@@ -1,4 +1,4 @@
-"""Continuing: the part of a worker that continues texts, to their ends or as streams; whatever computes them."""
+"""Continuing: the part of a worker that continues texts, to their ends or as streams, with any engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from backprompt.generation.decoding import Decoding, Recipe
 from backprompt.generation.found import Found
 
 MAX_STREAMS = 64
-"""The largest number of streams that a worker keeps; an older stream that is continued later begins anew."""
+"""The largest number of streams that a worker keeps. Beyond it, the least recently continued stream is dropped; if that
+stream is continued later, it begins anew."""
 
 
 class Continued(Protocol):
@@ -27,15 +28,15 @@ class Continued(Protocol):
         """Return up to `num_each` continuations of each text so far."""
 
     def step(self) -> bool:
-        """Let the texts grow; return whether any text goes on."""
+        """Add tokens to the texts; return whether any text is unfinished."""
 
     def close(self) -> None:
-        """End the texts that go on."""
+        """Stop the unfinished texts."""
 
 
 @dataclass(frozen=True)
 class Grown:
-    """A stream: the tokens that the driver does not know yet, and whether more follow."""
+    """The tokens of a stream that the driver does not have yet, and whether more follow."""
 
     found: Found
     is_going_on: bool
@@ -49,7 +50,7 @@ class Continuing(ABC):
 
     @abstractmethod
     def _run(self, prompts: PackedIds, recipe: Recipe) -> Continued:
-        """Begin texts."""
+        """Begin to continue texts."""
 
     def generate(self, prompts: PackedIds, recipe: Recipe) -> PackedFound:
         """Continue texts to their ends; return all continuations of each."""
@@ -62,7 +63,7 @@ class Continuing(ABC):
         return PackedFound.of(run.found(run.decoding.num_beams))
 
     def grow(self, prompt: PackedIds, name: str, recipe: Recipe, num_known: int) -> Grown:
-        """Go on with a stream until it has more than `num_known` tokens; an unknown stream begins anew."""
+        """Continue a stream until it has more than `num_known` tokens; an unknown stream begins anew."""
         run = self._streams.pop(name, None) or self._run(prompt, recipe)
         self._streams[name] = run
         while len(self._streams) > MAX_STREAMS:

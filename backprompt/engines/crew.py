@@ -1,8 +1,8 @@
-"""RayCrew: workers as actors of Ray. This module and no other calls Ray.
+"""RayCrew: workers as actors of Ray. No other module calls Ray.
 
-Keeps the handles of the actors. Ray starts a dead actor again and asks it once more (`max_restarts`,
-`max_task_retries`); an error that the worker raises is raised here as it is. After an error that does not depend on the
-texts, such as a lack of memory, the worker gets a second try.
+A `RayCrew` keeps the handles of the actors. Ray restarts a dead actor, and repeats its question once (`max_restarts`,
+`max_task_retries`). An error that a worker raises is raised here unchanged. After an error that does not depend on the
+texts, such as a lack of memory, the question is asked a second time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backprompt.engines.worker import Description, Maker, Worker
 from backprompt.errors import BackpromptError, MissingDependencyError, WorkerError
 
 NAMESPACE = "backprompt"
-"""The namespace of named workers, for any driver."""
+"""The namespace of named workers in Ray; the same for all drivers."""
 MAX_RESTARTS = 16
 
 
@@ -25,10 +25,11 @@ class RayCrew:
     """Workers on Ray.
 
     Args:
-        maker: makes the `LM` of each.
-        num_workers: their number.
-        resources: of each, as `ray.remote` takes them: num_cpus, num_gpus, resources.
-        name: workers of this name are found again, or started so that they outlive the driver.
+        maker: makes the `LM` of each worker.
+        num_workers: the number of workers.
+        resources: the resources of each worker, as `ray.remote` takes them: num_cpus, num_gpus, resources.
+        name: the name of workers that outlive the driver; running workers of this name are used again. None for
+            workers that end with the driver.
 
     """
 
@@ -54,7 +55,7 @@ class RayCrew:
             self._end = weakref.finalize(self, _let_go, self._actors)
 
     def describe(self, maker: Maker) -> Description:
-        """Return the description of the workers, once all are there.
+        """Return the description of the workers, once all have started.
 
         Raises:
             ValueError: workers of this name were made with other options.
@@ -71,11 +72,11 @@ class RayCrew:
         return descriptions[0]
 
     def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """Ask all at once, and return the answers in order.
+        """Ask all questions at once, and return the answers in order.
 
         Raises:
-            The error of the worker, of its own kind.
-            WorkerError: a worker died twice over a question, or could not be started again.
+            The error of a worker, unchanged.
+            WorkerError: a worker died twice at a question, or could not be restarted.
 
         """
         refs = [self._asked(question) for question in questions]
@@ -93,7 +94,7 @@ class RayCrew:
         try:
             return self._got(question, ref)
         except (BackpromptError, TypeError, ValueError, LookupError, NotImplementedError):
-            raise  # of the texts, or of a worker that died twice: it would be the same again
+            raise  # caused by the texts, or by a worker that died twice: a second try would fail, too
         except Exception:
             return self._got(question, self._asked(question))
 

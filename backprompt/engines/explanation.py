@@ -1,4 +1,4 @@
-"""The place where each text is computed, and the cost on each worker: the explanations of a call's parts as one."""
+"""The worker that computes each text, and the cost on each worker: the explanations of a call's parts as one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PlacedPart:
     Attributes:
         worker: the number of the worker.
         text_idxs: the indices of its texts.
-        explanation: of its texts.
+        explanation: the cost of its texts.
 
     """
 
@@ -30,7 +30,7 @@ class PlacedExplanation(Explanation):
     """The cost of evaluating texts with several workers; see `Explanation`.
 
     Numbers are sums over the workers. A token that two workers compute counts twice, also among `tokens_distinct`.
-    Seconds are those of the slowest worker. Segments that are missing are not named.
+    Seconds are those of the slowest worker. Missing segments are not listed.
 
     Attributes:
         parts: the texts of each worker.

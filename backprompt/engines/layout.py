@@ -1,17 +1,17 @@
 """Layout: the choice of a worker for each text, by content; the module knows workers only by number.
 
-Keeps a map from token ids, in forest order, to workers: runs of texts, each with the worker that was given them. A text
-belongs to the worker of the run that it falls into, or of the neighbouring run with which it shares at least half of
-its tokens. So a later call finds the keys and values of its beginnings, and a prompt with a completion goes where the
-prompt went.
+A layout remembers runs of texts in forest order (the order of their token ids), and the worker that was given each run.
+A text belongs to the worker of the run that it falls into, or of the neighbouring run with which it shares at least
+half of its tokens. So a later call finds the keys and values of its beginnings, and a prompt with a completion goes to
+the worker of the prompt.
 
     runs of texts    [the cat sat ... the dog ran]   [they say ... they say no]
     worker                        0                              1
     "the cow"        in the first run: worker 0
     "they say yes"   behind the second run, and begins as it ends: worker 1
-    "once upon"      shares nothing with a run: wherever the call's own cut puts it
+    "once upon"      shares nothing with a run: the call's own cut decides
 
-If a worker would be busier than the slowest part of a new cut by more than `MAX_BUSIER`, the new cut is taken for all
+If a worker's texts would cost more than `MAX_BUSIER` times the slowest part of a new cut, the new cut is taken for all
 texts of the call, and each of its parts goes to the worker that holds most of the part.
 """
 
@@ -33,9 +33,9 @@ MAX_BUSIER = 1.5
 FEW_TOKENS = 512
 """Fewer tokens than this stay with their worker: other workers would have to compute their beginnings, too."""
 MAX_RUNS = 100_000
-"""The largest number of remembered runs; then all are forgotten."""
+"""The largest number of remembered runs; beyond it, all runs are forgotten."""
 
-_BEHIND = b"\xff\xff\xff\xff"  # no token id: stands behind a text and all that begins with the text
+_BEHIND = b"\xff\xff\xff\xff"  # no token id: a key that ends in it sorts behind all texts with that beginning
 _NOBODY = -1
 
 
@@ -121,7 +121,7 @@ class Layout:
         return np.bincount(workers, weights=costs, minlength=self.num_workers).astype(np.float64)
 
     def _workers_of(self, parts: Ints, owners: Ints, added: Ints) -> Ints:
-        """Return a worker for each part: the one that holds most of the part, of equals the one given least so far."""
+        """Return a worker for each part: the one that holds most of it, or else the one given fewest tokens so far."""
         num_parts = int(parts[-1]) + 1
         held = np.zeros((num_parts, self.num_workers), dtype=np.int64)
         is_held = owners != _NOBODY

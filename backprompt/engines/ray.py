@@ -14,7 +14,7 @@ from backprompt.lm import LM
 from backprompt.session.options import check_options
 
 LOAD_OPTIONS = ("device", "dtype", "show_progress_bar")
-"""Options of `load` that a name may come with, beside those of an `LM`."""
+"""Options of `load` beyond those of `LM`, for a model that is given by name."""
 
 
 class RayLM(CrewLM):
@@ -23,29 +23,29 @@ class RayLM(CrewLM):
         lm = RayLM("gpt2", num_workers=4, num_gpus=1)
         classify.predict(prompts, labels, lm)
 
-    Each worker is an actor with an `LM` of its own, so the model must fit a worker. The texts of a call are cut by
-    common beginnings, one part a worker; later calls go to the workers that hold their beginnings (see
-    `engines/layout.py`). The driver keeps the tokenizer, and results lie on its CPU. A worker that dies is started
-    again, up to 16 times, and its part is done again.
+    Each worker is an actor with an `LM` of its own, so the model must fit a worker. The texts of a call are divided by
+    common beginnings, one part for each worker. Texts of later calls go to the workers that hold their beginnings (see
+    `engines/layout.py`). The driver keeps the tokenizer, and results lie on its CPU. A worker that dies is restarted,
+    up to 16 times, and computes its part again.
 
     Without a `name`, the workers end with `close`, with the driver, and with the last reference to the `RayLM` or its
-    texts. With a name they stay, and a later driver's `RayLM` of this name finds them and their results; `close` ends
-    them. If Ray has not been started, `ray.init()` is called: it finds the cluster of `RAY_ADDRESS`, or starts Ray on
-    this machine.
+    texts. With a name, the workers and their results outlive the driver, and a later driver's `RayLM` of this name uses
+    them; `close` ends them. If Ray has not been started, `ray.init()` is called, which finds the cluster of
+    `RAY_ADDRESS`, or starts Ray on this machine.
 
-    Functions that read results where they are computed raise `UnsupportedModelError`: pictures (`draw`,
-    `to_networkx`), `verify`, training, and `lm.model`.
+    Functions that need the model or its rows of memory in this process raise `UnsupportedModelError`: pictures
+    (`draw`, `to_networkx`), `verify`, training, and `lm.model`.
 
     Args:
-        name_or_loader: a name or path for `backprompt.load`, or a function that returns an `LM`, or a model and its
-            tokenizer. The workers call the function.
+        name_or_loader: a name or path for `backprompt.load`, or a function that returns an `LM` or a tuple of a model
+            and its tokenizer. Each worker calls the function.
         num_workers: the number of workers.
         num_cpus, num_gpus, resources: the resources that Ray reserves for each worker. torch computes on `num_cpus`
             threads.
         store: a path or URL that all workers can reach, such as "s3://bucket/prompts"; see `LM`.
         name: the name of workers that outlive this driver.
-        **lm_options: options of `LM`, and `device` and `dtype` of `load`. On the CPU, `memory_bytes` is by default the
-            worker's share, by `num_cpus`, of an `LM`'s default.
+        **lm_options: options of `LM`, and `device` and `dtype` of `load`. On the CPU, the default of `memory_bytes` is
+            that of an `LM`, times the worker's share of the machine's cores (`num_cpus`).
 
     Raises:
         MissingDependencyError: Ray is not installed.

@@ -2,8 +2,8 @@
 
     texts --Encoder--> token ids --Layout--> parts --workers--> flat arrays, in the order of the texts
 
-Keeps the tokenizer, the limits of the model, a model without weights that knows the options of generation, and the
-layout. The workers are a `Crew`, started in any way.
+A `RemoteSession` keeps the tokenizer, the limits of the model, a model without weights, which checks options of
+generation, and the layout. The workers are a `Crew`, started in any way.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Crew(Protocol):
     """Where the models lie, in words."""
 
     def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """Ask all at once, and return the answers in order."""
+        """Ask all questions at once, and return the answers in order."""
 
     def close(self) -> None:
         """End the workers."""
@@ -79,7 +79,7 @@ class RemoteSession(TextSession):
 
     Args:
         crew: the workers.
-        description: of the model that each of them holds.
+        description: a description of the model that each worker holds.
 
     """
 
@@ -106,7 +106,7 @@ class RemoteSession(TextSession):
             yield
 
     def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Any:
-        """Notice a changed tokenizer; the workers' weights are theirs alone."""
+        """Notice a changed tokenizer; weights lie with the workers."""
         if self._private.has_changed():
             self._begin_with(PrivateTokenizer(self.tokenizer))
         return self.evaluator
@@ -150,7 +150,8 @@ class RemoteSession(TextSession):
         """Return the requested results of the distributions that predict tokens.
 
         Raises:
-            UnsupportedModelError: other tokens are to be scored at the position of each, as trainers request.
+            UnsupportedModelError: other tokens are to be scored at the positions of the wanted ones (`asked.given`), as
+                trainers request.
 
         """
         if asked.given is not None:
@@ -175,7 +176,7 @@ class RemoteSession(TextSession):
         """Ask each worker about its part of the texts, and return the results in the order of the texts.
 
         Args:
-            method: a method of `Worker` whose first argument are packed texts.
+            method: a method of `Worker` whose first argument is packed texts.
             texts: token ids.
             arguments: returns the other arguments for the texts with these indices.
             more: the number of tokens that are computed behind each text.
@@ -277,7 +278,7 @@ def _rates(config: Any) -> Rates:
 
 
 def total_of(stats: Sequence[Stats]) -> Stats:
-    """Return the sums of the numbers of several `Stats`; names are those of the first."""
+    """Return the sums of the numbers of several `Stats`; strings are those of the first."""
 
     def added(one: Stats, other: Stats) -> Stats:
         values = {field.name: getattr(one, field.name) for field in fields(Stats)}

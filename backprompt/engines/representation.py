@@ -1,7 +1,8 @@
 """RemoteRepr: the representation of one text, whose tensors lie with a worker.
 
-Keeps the token ids and the results that were read. The first read asks for one text; each further read asks for twice
-as many of the texts that were evaluated together, as an `LM` reads ahead, so reading all of them takes few questions.
+A `RemoteRepr` keeps the token ids and the results that were read. The first read fetches the result of one text. Each
+further read fetches twice as many, of texts that were evaluated together, so reading all of them takes few questions.
+An `LM` reads ahead in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAX_AHEAD = {"logits": 64, "hidden_states": 64, "token_logprobs": 1 << 16}
 
 
 class RemoteBatch:
-    """The texts of one `evaluate`; holds none of them."""
+    """The texts of one `evaluate`; does not keep their representations alive."""
 
     def __init__(self, session: RemoteSession, encoded: Sequence[TokenIds]) -> None:
         self.session = session
@@ -44,7 +45,7 @@ class RemoteBatch:
         return found
 
     def read(self, idx: int, name: str) -> None:
-        """Read a result of a text, and of those behind it."""
+        """Read a result of a text, and of some texts that follow it in the batch."""
         num_asked = self._num_asked.get(name, 0)
         self._num_asked[name] = num_asked + 1
         indices = itertools.chain(range(idx, self._num_texts), range(idx))
@@ -68,7 +69,7 @@ class RemoteRepr(ModelRepr):
 
     @property
     def has_last_token(self) -> bool:
-        """Whether a token stands before the next one."""
+        """Whether the text ends in a single token, and not in a group."""
         try:
             check_has_last_token("", self.token_ids)
         except GroupError:
@@ -123,7 +124,7 @@ class RemoteRepr(ModelRepr):
         return found
 
     def attention(self, *chosen: Any, **options: Any) -> Tensor:
-        """Raise UnsupportedModelError: rows of a text are forwarded once more only where the model lies."""
+        """Raise UnsupportedModelError: attention needs the model in this process."""
         raise UnsupportedModelError(
             "attention() is not supported for texts whose model lies with workers. Load the model in this "
             "process: backprompt.load(name)."

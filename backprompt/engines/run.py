@@ -1,8 +1,8 @@
 """RemoteRun: texts that workers continue, each prompt with all its samples on one worker.
 
-A part of a generation is one question: the worker continues its texts to their ends. A stream is one question for each
-few tokens, and names the number of tokens that are known; so a worker that takes over from a dead one computes the
-known tokens again, and goes on.
+A part of a generation is one question: the worker continues its texts to their ends. A stream is a series of questions,
+each for a few tokens. Each question names the number of tokens that the driver has. So a worker that replaces a dead
+one computes these tokens again, and continues the stream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RemoteRun:
 
     Args:
         lm: the engine of all texts.
-        session: of the engine.
+        session: the session of the engine.
         texts: the texts to continue. A text that is listed several times is sampled several times.
         decoding: the options.
         is_stream: whether a step adds few tokens, rather than all.
@@ -46,7 +46,7 @@ class RemoteRun:
 
     @property
     def num_tokens_done(self) -> int:
-        """The number of tokens decided on; a finished text counts with all tokens that were asked for."""
+        """The number of chosen tokens, for progress; at the end, `max_new_tokens` for each text."""
         if not self._is_going_on:
             return len(self.prompts) * self.decoding.max_new_tokens
         return sum(len(found[0].choices) for found in self._found)
@@ -60,7 +60,7 @@ class RemoteRun:
         return as_texts(self._lm, self._texts, self.found(num_each), self.decoding)
 
     def step(self) -> bool:
-        """Continue all texts to their ends, or a stream by a few tokens; return whether any text goes on."""
+        """Continue all texts to their ends, or a stream by a few tokens; return whether any text is unfinished."""
         if self._is_going_on:
             with self._session.exclusive():
                 self._is_going_on = self._streamed() if self._stream else self._generated()

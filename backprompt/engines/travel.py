@@ -1,4 +1,4 @@
-"""Token ids and results as they travel between processes: flat arrays, and no object a text.
+"""Token ids and results as they travel between processes: flat arrays, not an object for each text.
 
 Only the graphs of texts with groups travel as objects. Dtypes that numpy lacks (bfloat16) travel as whole numbers of
 the same size.
@@ -34,7 +34,7 @@ class PackedIds:
     Attributes:
         ids: of all texts without groups, side by side, `(tokens,)`.
         offsets: where each text begins, and the end of the last, `(texts + 1,)`; a text with groups has no ids here.
-        graphs: the texts with groups, by their place.
+        graphs: the texts with groups, by their idx.
 
     """
 
@@ -82,7 +82,7 @@ class Answer:
     """Results for many texts.
 
     Attributes:
-        arrays: results by name, text behind text, `(rows, ...)`.
+        arrays: results by name, with the rows of one text after those of another, `(rows, ...)`.
         lengths: the number of rows of each text, `(texts,)`.
 
     """
@@ -111,7 +111,7 @@ class Joined:
 
     @classmethod
     def of(cls, parts: Sequence[Ints], answers: Sequence[Answer]) -> Joined:
-        """Return the texts of several parts in the order of their indices."""
+        """Join the answers to several parts in the order of the texts; `parts`: the indices of each part's texts."""
         order = np.argsort(np.concatenate(parts))
         lengths = np.concatenate([answer.lengths for answer in answers])
         stops = np.cumsum(lengths)

@@ -34,10 +34,10 @@ class VllmLM(CrewLM):
         classify.predict(prompts, labels, lm)
 
     Texts are encoded by backprompt, not by vLLM, so texts, joins and special tokens are those of an `LM`. The requests
-    of a call go to the engine in forest order, so that the beginnings that texts share come from its prefix cache. The
-    tokens behind a beginning are scored behind the cache; see `engines/vllm_scores.py`.
+    of a call go to the engine in forest order, so that shared beginnings come from its prefix cache, also where the
+    tokens behind them are scored; see `engines/vllm_scores.py`.
 
-    There are log-probabilities (`token_logprobs`, `token_scores`, `next_token_logprobs`, `top_logprobs`, and all of
+    vLLM gives log-probabilities (`token_logprobs`, `token_scores`, `next_token_logprobs`, `top_logprobs`, and all of
     `classify`, the harness and the estimator), and continuations (`generate`, `stream`, `select`). Greedy continuations
     are those of an `LM` up to rounding. Samples are reproducible by `seed`, but differ from those of an `LM`.
     `completion_logprobs` are the model's own, without temperature. `evaluate` fills the prefix cache.
@@ -50,18 +50,18 @@ class VllmLM(CrewLM):
 
     Args:
         model_or_llm: a name or path of a model, or a `vllm.LLM`, which no other code may use during a call or a stream.
-        tokenizer: its tokenizer, of transformers; by default loaded by the name of the model.
+        tokenizer: the model's tokenizer, of transformers; by default loaded by the name of the model.
         joins, add_special_tokens: see `LM`.
-        **engine_options: of `vllm.LLM`. By default `enable_prefix_caching` and `skip_tokenizer_init` are True, and
-            `block_size` is 32 on the CPU. vLLM computes models stored in float32 in half precision: `dtype="float32"`
-            keeps that dtype.
+        **engine_options: options of `vllm.LLM`. By default `enable_prefix_caching` and `skip_tokenizer_init` are True,
+            and `block_size` is 32 on the CPU. vLLM computes models stored in float32 in half precision, unless
+            `dtype="float32"` is given.
 
     Attributes:
         llm: the `vllm.LLM`.
 
     Raises:
         MissingDependencyError: vLLM is not installed.
-        TypeError: options of an engine for an existing `vllm.LLM`.
+        TypeError: `engine_options` are given with an existing `vllm.LLM`.
         All errors of `vllm.LLM`.
 
     """
@@ -117,7 +117,7 @@ def _describe(llm: Any, tokenizer: Any, options: Options) -> Description:
     """Return a description of vLLM's model."""
     found = llm.model_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found.hf_config, dtype=torch.float32)  # that of log-probabilities
+        model = AutoModelForCausalLM.from_config(found.hf_config, dtype=torch.float32)  # the dtype of log-probabilities
     config = found.try_get_generation_config()
     max_tokens = found.max_model_len - 1
     return Description(

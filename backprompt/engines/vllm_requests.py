@@ -1,7 +1,7 @@
-"""Requests to a vLLM engine: token ids in, the last output of each request out. Token ids are never vLLM's own.
+"""Requests to a vLLM engine: token ids in, the last output of each request out. vLLM never tokenizes.
 
-Keeps the requests that are not finished, and counts. All requests of a process's `VllmLM` go through one `Requests`, so
-a stream that waits keeps its outputs while other texts are scored.
+`Requests` keeps the unfinished requests, and counts tokens and seconds. All requests of a `VllmLM` go through one
+`Requests`, so a waiting stream keeps its outputs while other texts are scored.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Request:
     """A request, and its last output.
 
     Attributes:
-        name: known to vLLM.
-        token_ids: of the text.
+        name: the id of the request in vLLM.
+        token_ids: the ids of the text.
         output: a `RequestOutput` of vLLM, with all tokens so far; None before the first.
 
     """
@@ -57,7 +57,7 @@ class Requests:
 
     Attributes:
         num_computed: the number of tokens that were forwarded for finished and dropped requests.
-        seconds: the time in steps of the engine.
+        seconds: the time spent in steps of the engine.
 
     """
 

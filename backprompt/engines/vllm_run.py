@@ -1,8 +1,8 @@
-"""Continuations by vLLM: vLLM chooses tokens, and the rules for the ends of texts are ours.
+"""Continuations by vLLM: vLLM chooses tokens, and backprompt decides where texts end.
 
-Each sample is a request of its own. A stop string, found in the string that our tokenizer makes of the tokens, ends the
-request. Options are read off the logits processors that transformers makes of them. So defaults of the model's
-`generation_config` count, and an option that vLLM lacks is found under any name.
+Each sample is a request of its own. backprompt decodes the tokens, and ends the request where a stop string occurs.
+Options are read from the logits processors that transformers makes of them. So defaults of the model's
+`generation_config` count, and an option that vLLM lacks is noticed, whatever its name is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TAKEN: dict[type, tuple[str, str]] = {
     processors.MinPLogitsWarper: ("min_p", "min_p"),
     processors.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
 }
-"""Processors that vLLM has, too: its name for the option, and the processor's attribute."""
+"""Processors that vLLM has, too: vLLM's name of the option, and the processor's attribute with the value."""
 _NAMES = {"do_sample", "eos_token_id", "min_new_tokens", *(name for name, _ in _TAKEN.values())}
 
 
@@ -36,7 +36,7 @@ class VllmRun:
     """Texts that vLLM continues, from the first step to the last.
 
     Args:
-        requests: to the engine.
+        requests: the requests to the engine.
         decoding: the options.
         prompts: the ids of the texts. A text that is listed several times is sampled several times.
 
@@ -61,7 +61,7 @@ class VllmRun:
         return [text.found(num_each) for text in self._texts]
 
     def step(self) -> bool:
-        """Let vLLM go on; return whether any text goes on."""
+        """Let vLLM compute one batch; return whether any text is unfinished."""
         self._requests.step()
         for request, text in list(self._live.items()):
             if request.output is not None:
@@ -72,7 +72,7 @@ class VllmRun:
         return bool(self._live)
 
     def close(self) -> None:
-        """End the texts that go on."""
+        """Stop the unfinished texts."""
         self._requests.drop(self._live)
         self._live.clear()
 
@@ -93,7 +93,7 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         decoding: the options.
         rules: the processors of logits that transformers makes of them.
         num_before: the number of tokens of the prompt.
-        seed: of the random numbers.
+        seed: the seed of the random numbers.
 
     Raises:
         GenerationError: vLLM lacks an option, or refuses its value.
@@ -125,7 +125,7 @@ def sampling_params(decoding: Decoding, rules: Any, num_before: int, seed: int |
         return vllm.SamplingParams(
             max_tokens=decoding.max_new_tokens,
             logprobs=0,
-            ignore_eos=True,  # of vLLM's; those of the options are listed
+            ignore_eos=True,  # vLLM's own end tokens; those of the options are in stop_token_ids
             stop_token_ids=sorted(decoding.end_ids),
             detokenize=False,
             seed=seed,

@@ -1,19 +1,20 @@
-"""Log-probabilities from vLLM, as far as possible behind its prefix cache.
+"""Log-probabilities from vLLM, with its prefix cache as far as possible.
 
-vLLM has two ways. `logprob_token_ids` gives log-probabilities of named tokens behind a text, and the text comes from
-the prefix cache. `prompt_logprobs` gives those of a text's own tokens, but tokens that come from the cache have no row
-of logits, so vLLM skips the cache unless told otherwise. A text that is scored from a token on is asked in two parts:
+vLLM has two options. `logprob_token_ids` gives log-probabilities of listed tokens behind a text, and the text may come
+from the prefix cache. `prompt_logprobs` gives the log-probabilities of a text's own tokens. Tokens that come from the
+cache have no row of logits, so with this option vLLM skips the cache unless told otherwise. A text that is scored from
+some token on becomes two requests:
 
     text              the beginning, scored by `logprob_token_ids`    the rest, by `prompt_logprobs`
     prompt|a b c      "prompt" with token a                           "prompt a b" from b on, with token c
     prompt|a b d                                                      the same request, with token d
     prompt|e          the first request, with token e
 
-The second kind reads the cache, too. The cache consists of blocks of tokens, and may hold a block with scored tokens,
-which then miss their rows. Missing tokens are requested once more: one by one behind their beginnings, or the whole
-text without the cache, whichever forwards fewer tokens.
+The second kind of request reads the cache, too. The cache consists of blocks of tokens. If a cached block contains
+tokens that are to be scored, their rows of logits are missing. The missing scores are requested once more: each token
+behind its beginning, or the whole text without the cache, whichever forwards fewer tokens.
 
-A text without an unscored beginning longer than a block is computed whole, without the cache.
+If the unscored beginning of a text is no longer than a block, the whole text is computed without the cache.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.tokens.graph import flat
 
 MAX_CANDIDATES = 128
-"""The number of `logprob_token_ids` that vLLM takes in a request."""
+"""The largest number of `logprob_token_ids` that vLLM takes in a request."""
 
 Ids = tuple[int, ...]
 
 
 @dataclass(eq=False)
 class Read:
-    """The scores that are read of one text.
+    """The scores to read from one text.
 
     Attributes:
-        token_ids: of the text.
-        start: the first of its own tokens that is scored.
-        is_whole: whether all of it is computed, without the prefix cache.
-        own: the scores of its tokens from `start` on; None for a missing score.
+        token_ids: the ids of the text.
+        start: the idx of the text's first scored token.
+        is_whole: whether the whole text is computed, without the prefix cache.
+        own: the scores of the text's tokens from `start` on; None for a missing score.
         candidates: the scores of tokens that may follow the text, by id.
 
     """
@@ -59,7 +60,7 @@ class Read:
     candidates: dict[int, TokenScore | None] = field(default_factory=dict)
 
     def missing(self) -> list[int]:
-        """Return the tokens without a score; the first of a text is predicted by nothing."""
+        """Return the indices of tokens without a score, except the text's first token, which no token predicts."""
         return [idx for idx, score in enumerate(self.own, self.start) if score is None and idx > 0]
 
     def of(self, wanted: Wanted) -> list[TokenScore]:
@@ -75,7 +76,7 @@ class Scoring:
     """Scores texts with vLLM; see the module.
 
     Args:
-        requests: to the engine.
+        requests: the requests to the engine.
         block_size: the number of tokens in a block of the prefix cache.
 
     """
@@ -125,7 +126,7 @@ class Scoring:
         }
 
     def _parts(self, text: Wanted) -> list[Wanted]:
-        """Return the scores to read from each text, in the order of the scores."""
+        """Return the one or two texts from which the scores of a text are read, in the order of the scores."""
         ids = _ids(text)
         if self._block_size < text.start < len(ids):
             return [

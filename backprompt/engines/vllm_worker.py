@@ -1,6 +1,6 @@
-"""VllmWorker: answers for texts with a vLLM engine in this process, instead of a worker with an `LM`.
+"""VllmWorker: answers questions about texts with a vLLM engine in this process, in the place of a worker with an `LM`.
 
-Keeps the requests to the engine, and streams. The questions are those of `Worker`, as far as vLLM has an answer;
+It keeps the requests to the engine, and the streams. It answers those questions of `Worker` that vLLM can answer;
 `VllmCrew` refuses the others by name.
 """
 
@@ -42,7 +42,7 @@ _REFUSED = {
 
 
 class VllmCrew:
-    """One `VllmWorker`, asked as workers in other processes are.
+    """A crew of one `VllmWorker`, in this process.
 
     Args:
         worker: the worker.
@@ -78,11 +78,11 @@ class VllmCrew:
 
 
 class VllmWorker(Continuing):
-    """Answers for texts with a vLLM engine; see the module.
+    """Answers questions about texts with a vLLM engine; see the module.
 
     Args:
         llm: a `vllm.LLM`.
-        description: of the model and the tokenizer.
+        description: a description of the model and the tokenizer.
 
     """
 
@@ -160,7 +160,7 @@ class VllmWorker(Continuing):
     # Continuations
 
     def decoding(self, recipe: Recipe) -> Decoding:
-        """Return options of a generation, for the model."""
+        """Return the options of a generation as a `Decoding` for the model."""
         limits, vocab_size = self._description.limits, self._description.vocab_size
 
         def refused() -> frozenset[int]:

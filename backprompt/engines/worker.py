@@ -1,8 +1,8 @@
-"""Worker: an `LM` in a process of its own, which answers for texts that are given as packed token ids.
+"""Worker: an `LM` in a process of its own, which answers questions about texts, given as packed token ids.
 
-Keeps the `LM`, made on the first question, so that an error in making it reaches the driver that asks; and the streams
-and pins of drivers. The questions of a `RayLM` are the methods here. Each may be asked twice: if a worker dies, its
-successor is asked again and knows nothing of the first time.
+A worker keeps its `LM`, and the streams and pins of drivers. The `LM` is made on the first question, so that an error
+in making it reaches the driver. The public methods are the questions that a `RayLM` asks. Each may be asked twice: if
+a worker dies, its question goes to its successor, which has none of the dead worker's state.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Maker:
 
     Attributes:
         source: a name or a loader.
-        options: of `load`, or of an `LM` for a loader that returns a model and its tokenizer.
+        options: the options of `load`, or those of `LM` for a loader that returns a model and its tokenizer.
         memory_share: the part of the default `memory_bytes` that the worker takes on the CPU.
 
     """
@@ -95,8 +95,9 @@ class Description:
 
     Attributes:
         maker: how the `LM` was made, in words.
-        tokenizer: its tokenizer.
-        model_class, config, generation_config, dtype: of the model, which is made again without weights.
+        tokenizer: the tokenizer of the `LM`.
+        model_class, config, generation_config, dtype: those of the model. `skeleton` makes a model without weights from
+            them.
         limits, vocab_size, options: see `Session`.
 
     """
@@ -166,7 +167,7 @@ class Worker(Continuing):
     # Scores
 
     def behind(self, prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> Answer:
-        """Score completions behind prompts; `shape_of`: the index of the shape behind each."""
+        """Score completions behind prompts; `shape_of`: the index of each prompt's shape. See `Behind`."""
         behind = behind_of(prompts, shapes, shape_of, nums_own)
         return Answer.of_scores(scores_behind(self.lm.session, behind))
 
@@ -191,7 +192,7 @@ class Worker(Continuing):
         return Answer.of([0] * len(reprs))
 
     def read(self, texts: PackedIds, name: str) -> Answer:
-        """Read a tensor of each text: "logits", or one with a row a token."""
+        """Read a tensor of each text: "logits", or a tensor with one row for each token."""
         found = [getattr(found, name) for found in self.lm.evaluate(self._texts(texts), show_progress_bar=False)]
         if name == "logits":
             return Answer.of([1] * len(found), logits=torch.stack(found))
@@ -209,17 +210,17 @@ class Worker(Continuing):
         return cache
 
     def property_of(self, text: PackedIds, name: str) -> Any:
-        """Return a number or a string that a representation has."""
+        """Return an attribute of a text's representation: a number or a string."""
         return getattr(self.lm.representation(*self._texts(text)), name)
 
     def pin(self, text: PackedIds, name: str) -> int:
-        """Hold a text under a name; return the bytes that it takes."""
+        """Pin a text under a name; return the bytes that the pin takes."""
         if name not in self._pins:
             self._pins[name] = self.lm.pin(*self._texts(text))
         return self._pins[name].num_bytes
 
     def release(self, name: str) -> None:
-        """Release the text that is held under a name."""
+        """Release the text that is pinned under a name."""
         if (pin := self._pins.pop(name, None)) is not None:
             pin.release()
 
@@ -263,7 +264,7 @@ class Worker(Continuing):
 
 
 def behind_of(prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, nums_own: Ints) -> list[Behind]:
-    """Return completions behind prompts as they were before they travelled."""
+    """Unpack prompts and the completions behind them."""
     made = [Shape([tuple(ids) for ids in packed.unpacked()]) for packed in shapes]  # type: ignore[arg-type]
     return [
         Behind(prompt, made[shape], num_own)
@@ -272,7 +273,7 @@ def behind_of(prompts: PackedIds, shapes: Sequence[PackedIds], shape_of: Ints, n
 
 
 def wanted_of(texts: PackedIds, starts: Ints, candidates: PackedIds) -> list[Wanted]:
-    """Return wanted scores as they were before they travelled."""
+    """Unpack wanted scores."""
     return [
         Wanted(ids, start, own)  # type: ignore[arg-type]  # candidates have no groups
         for ids, start, own in zip(texts.unpacked(), starts.tolist(), candidates.unpacked(), strict=True)

@@ -18,16 +18,16 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """The distance of a model from the one with full weights, and what both take; `str()` is an account.
+    """The distance of a model from the one with full weights, and the bytes and seconds of both; `str()` is a summary.
 
     Attributes:
         num_tokens: tokens of the texts that were compared; shared tokens count in each text.
         gap: the largest difference of log-probabilities at tokens that matter, nats; see `NodeDrift`.
         largest_gap, mean_gap: the largest and the mean difference over all tokens of the vocabulary.
         argmax_flips: the number of tokens behind which the most probable tokens differ.
-        weight_bytes, full_weight_bytes: the bytes of the weights, copies in the order of kernels included.
-        seconds, full_seconds: for all of the texts in new `LM` objects, each distinct token once: on the CPU the time
-            of the processor over all threads, elsewhere time that passes.
+        weight_bytes, full_weight_bytes: the bytes of the weights, including copies that are packed for kernels.
+        seconds, full_seconds: the time for all texts in a new `LM`, each distinct token once: on the CPU processor time
+            summed over all threads, elsewhere elapsed time.
 
     """
 
@@ -88,7 +88,7 @@ def _bytes(lm: LM) -> int:
 
 
 def _seconds(lms: Iterable[LM], token_ids: Sequence[Sequence[int]]) -> list[float]:
-    """Return the shortest time of each model for all texts, without the store, first use and caches."""
+    """Return the shortest time of each model for all texts, without a store, held results, and the first use."""
     fresh = [_fresh(lm) for lm in lms]
     times: list[list[float]] = [[] for _ in fresh]
     for round_idx in range(ROUNDS + 1):
@@ -98,7 +98,7 @@ def _seconds(lms: Iterable[LM], token_ids: Sequence[Sequence[int]]) -> list[floa
             clock = time.process_time if lm.session.evaluator.executor.device.type == "cpu" else time.perf_counter
             started = clock()
             lm.evaluate(texts, show_progress_bar=False)
-            if round_idx:  # the first finds out about the model
+            if round_idx:  # the first round includes work that is done once for a model
                 taken.append(clock() - started)
     return list(map(min, times))
 

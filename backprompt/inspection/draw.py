@@ -2,7 +2,7 @@
 
     texts --to_networkx--> graph --Folding--> boxes --_Picture--> DOT --Drawing--> SVG, PNG, PDF
 
-Colour, border and words tell a status, so it reads without colour vision. Boxes have backgrounds of their own; their
+A status is shown by colour, border and words, so no colour vision is needed. Boxes have backgrounds of their own. Their
 borders, and everything outside of them, have colours that show on white and on black.
 """
 
@@ -44,11 +44,11 @@ def draw(
         bp.draw(texts)                                 # in a notebook it shows itself
         bp.draw(texts).render("tree", format="svg")    # or png, pdf; needs no `dot` on the path
 
-    A box has its string, shortened in the middle, its distinct tokens, their bytes, and their status: computed by the
-    latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The branches of a group stand
-    side by side in a frame. A join is marked if it changed tokens of a part that another text has unchanged, so the two
-    texts do not share them. The usual reason is a blank at the end of that part, which belongs at the beginning of the
-    next part.
+    A box shows the string of a segment, shortened in the middle, the number of its distinct tokens, their bytes, and
+    their status: computed by the latest evaluation, reused from memory, read from disk, evicted, or not evaluated. The
+    branches of a group stand side by side in a frame. A join is marked if it changed tokens of a part that another text
+    has unchanged, so the two texts do not share these tokens. The usual reason is a blank at the end of that part,
+    which belongs at the beginning of the next part.
 
     Args:
         texts: a text or several; texts without a model are drawn by their strings.
@@ -274,7 +274,7 @@ class _Picture:
 
 
 def _put_in_order(drawing: graphviz.Digraph, names: Sequence[str]) -> None:
-    """Put boxes that follow nothing in the same frame one below the other."""
+    """Put boxes without a predecessor in the same frame one below the other."""
     with drawing.subgraph() as same:
         same.attr(rank="same")
         for name, next_name in itertools.pairwise(names):

@@ -38,7 +38,8 @@ class Divergence:
 
     Attributes:
         text_idx: the text that differs from the first text there.
-        segment_idx, segment: the segment of that text with the token; its last segment if the text ends.
+        segment_idx, segment: the segment of that text with the first token that is not common; the text's last segment
+            if the text ends there.
         token_idx: the index of the first token that is not common, and so the number of common tokens.
         cause: "token": the tokens differ. "join": both texts have the same segments up to there, but the next segment
             in one of them changed its tokens. "end": one of the two texts ends.
@@ -88,7 +89,7 @@ class Explanation:
         budget_bytes: the `LM`'s `memory_bytes`.
         seconds: the expected time at the rate of this `LM` so far, with the output head; None before its first
             computation.
-        seconds_saved: the time that the other `tokens_requested` would take at that rate.
+        seconds_saved: the time that the `tokens_requested` which are not computed would take at that rate.
         divergence: the place where the common beginning of the texts ends; None for one text, texts with groups, and
             equal texts.
         misses: segments with tokens that are held nowhere, in the order of the texts.
@@ -199,7 +200,7 @@ class Explanation:
         return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table><p>{lines}</p>"
 
     def _said(self, named: Named) -> list[str]:
-        """Return the lines below the table, which quote texts, and a store's own descriptions."""
+        """Return the lines below the table, fit for display, since they quote texts and stores."""
         return [visible(line) for line in [*self._sentences(named), *self._missing_lines(named)]]
 
     def _rows(self) -> list[tuple[str, str, str]]:

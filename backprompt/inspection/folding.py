@@ -13,7 +13,7 @@ MAX_COLUMNS = 9
 """The default number of columns of boxes in a picture; with the column of folded boxes they fill two screens."""
 
 MAX_IN_A_ROW = 4
-"""In a longer row of segments that only follow each other, all but the first become one box."""
+"""In a longer row of segments without branches between them, all but the first become one box."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Box:
 
     nodes: list[int]
     title: str | None = None  # of several nodes
-    is_row: bool = False  # several nodes that only follow each other
+    is_row: bool = False  # several nodes without branches between them
 
 
 class Folding:
@@ -53,11 +53,11 @@ class Folding:
                 self.edges.setdefault((self.of[parent], self.of[node]), []).append((parent, node))
 
     def _visible_and_folds(self) -> list[list[int]]:
-        """Give boxes to the nodes that are drawn by themselves; return the others that follow one of these directly.
+        """Give boxes to the nodes that are drawn by themselves; return the other nodes that directly follow these.
 
         The number of boxes behind a box is limited, however many texts there are, and so is the number of columns: only
         the first segments and the first groups behind a node are drawn. A group is drawn only if the node before it and
-        one of its branches are.
+        at least one of its branches are drawn.
         """
         ordered = sorted(self._graph, key=lambda node: self._graph.nodes[node]["written_order"])
         siblings: dict[tuple[int | None, bool], list[int]] = {}
@@ -80,7 +80,7 @@ class Folding:
         ]
 
     def _columns_of_nodes(self) -> dict[int, int]:
-        """Return the column of each node's box, counted from 1; all but the first of a long row share one."""
+        """Return the column of each node's box, counted from 1; a row's fourth node and all behind it share one."""
         columns: dict[int, int] = {}
         place_in_row: dict[int, int] = {}
         for node in nx.topological_sort(self._graph):
@@ -118,7 +118,7 @@ class Folding:
                     del self.boxes[str(node)]
 
     def _row_from(self, node: int) -> list[int]:
-        """Return the row that begins with this node, of nodes that only follow each other."""
+        """Return the row that begins with this node: nodes without branches between them."""
         if any(self._continues(parent, node) for parent in self._graph.pred[node]):
             return []
         row = [node]

@@ -1,4 +1,4 @@
-"""Frames: the segments of a graph that stand side by side in a group, and the groups within other groups."""
+"""Frames around segments of a graph that stand side by side in a group, and around groups within groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import networkx as nx
 class Frame:
     """The branches of a group, or of groups that stand behind the same node and share branches.
 
-    Frames are disjoint or nested: a frozen branch that stands behind different beginnings is in the first frame.
+    Frames are disjoint or nested. So a frozen branch that groups behind different nodes share is in the first frame.
     """
 
     behind: int | None

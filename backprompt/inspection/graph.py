@@ -48,7 +48,7 @@ STATUSES: tuple[Status, ...] = (
 
 
 def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
-    """Return the graph of texts; nothing is computed, and held spans stay as they are.
+    """Return the graph of texts; nothing is computed, loaded or dropped.
 
     Nodes are numbered from 0 in the order in which an evaluation of all the texts would forward them, and every edge
     goes to a higher number. Nodes have these attributes:
@@ -56,13 +56,14 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     - `kind`: "string", "token ids", "special tokens" (those before a group) or "junction" (the end of a group);
     - `string`, `segment`: the string that the node adds to a text, and the segment itself;
     - `adapter`: the name of the segment's own adapter, "" for `with_adapter(None)`, None if it has none of its own;
-    - `token_ids`, `num_tokens`: its tokens in the first text that has it; a token across a join is the right side's;
+    - `token_ids`, `num_tokens`: its tokens in the first text that has it; a token across a join belongs to the segment
+      behind the join;
     - `num_own_tokens`: the number of distinct tokens counted here; an evaluation of all texts computes their sum;
-    - `num_bytes`: the bytes of these when held; None before the `LM` has computed anything;
+    - `num_bytes`: the bytes of these distinct tokens when held; None before the `LM` has computed anything;
     - `position`: the position of its first token; None without a model;
     - `status`: "computed now" (by the latest evaluation), "reused from memory", "from disk", "evicted", "not evaluated"
-      or "no model"; if there are several, the one of most tokens; None for a junction. `statuses` counts own tokens by
-      status;
+      or "no model"; if there are several, the one with the most tokens; None for a junction. `statuses` counts own
+      tokens by status;
     - `is_join_changed`: whether joining the segment to the text before it changed tokens;
     - `is_frozen`: whether the node begins a branch that sees nothing before it;
     - `behind`: for a junction the node before its group, or None;
@@ -71,7 +72,7 @@ def to_networkx(texts: Text | Iterable[Text]) -> nx.DiGraph:
     - `written_order`: the place of the node in the texts as given.
 
     The graph has `num_texts` and `num_tokens`, of all strings together. Edges have `times`, the number of a group's
-    branches that end there in this way, and `is_join_changed`.
+    branches that end with this edge, and `is_join_changed`.
 
     Args:
         texts: a text or several, of one `LM`, of several, or of none.
@@ -104,7 +105,7 @@ def graph_of(listed: Sequence[Text]) -> nx.DiGraph:
 
 @dataclass(eq=False)
 class _Node:
-    """A segment behind certain others, or a junction, while the graph is built."""
+    """A segment behind certain other segments, or a junction, while the graph is built."""
 
     kind: Kind
     segment: Segment | None
@@ -136,7 +137,7 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Use:
-    """A node in a text, and the index of the text's token behind the node's last."""
+    """A node in a text, and the index in the text behind the node's last token."""
 
     node: _Node
     stop: int
@@ -160,7 +161,7 @@ class _Merged:
         return walk.uses
 
     def in_order(self, num_before: int) -> list[_Node]:
-        """Return the nodes in the order of forwarding; nodes without a place in that order as written.
+        """Return the nodes in the order of forwarding; nodes without a place in that order take that of their parents.
 
         `num_before`: the number of nodes of other texts.
         """
@@ -175,7 +176,7 @@ class _Merged:
 
 
 class _Walk:
-    """The way of one text through the nodes; adds nodes that are missing."""
+    """The walk of one text through the nodes; adds missing nodes."""
 
     def __init__(self, found: dict[tuple[Any, ...], _Node], encoding: _Encoding | None) -> None:
         self.uses: list[_Use] = []
@@ -372,7 +373,7 @@ class _Claims:
         if span in self._owners:
             self._owners[upper] = self._owners[span]
         rest.append(span)
-        for idx in reversed(range(len(rest) - 1)):  # a branch may stand there repeatedly
+        for idx in reversed(range(len(rest) - 1)):  # a branch may be in `rest` several times
             if rest[idx] is span:
                 rest.insert(idx + 1, upper)
         return upper

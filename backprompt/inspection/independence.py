@@ -47,7 +47,7 @@ class IndependenceGap:
 
 
 def independence_gap(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> IndependenceGap:
-    """Compare texts with groups or frozen segments with full attention over the same tokens in written order.
+    """Compare texts that have groups or frozen segments with full attention over the same tokens in written order.
 
     Both versions are evaluated, which costs an extra plain forward of each text. `show_progress_bar` is that of
     `evaluate`.

@@ -35,17 +35,17 @@ class Miss:
     """A segment with tokens that are held nowhere.
 
     Attributes:
-        text_idx: the first text that has it.
+        text_idx: the idx of the first text that has the segment.
         segment_idx: its place among the strings and runs of token ids of that text, in written order.
         segment: its contents, without the middle if they are long.
         start, stop: its tokens in `text.tokens`.
         num_missing: the number of its tokens that are held nowhere; a common beginning of segments counts in each.
         num_texts: the number of texts that share it.
-        reason: "evicted": dropped over the budget. "join": the text before it is held alone, but joining this segment
-            changes that text's tokens. "other model": the store has it under other weights, another dtype, tokenizer
-            or exactness. "elsewhere": the same tokens are held behind others, or at another position. "too short":
-            nothing is known of it, and the store would not have kept it by itself. "never computed": nothing is known
-            of it.
+        reason: "evicted": dropped because of the memory budget. "join": the text before it is held by itself, but
+            joining this segment changes that text's tokens. "other model": the store has it under other weights,
+            another dtype, tokenizer or exactness. "elsewhere": the same tokens are held behind other tokens, or at
+            another position. "never computed": it was never computed, as far as is known. "too short": the same, or
+            it was too short to be stored by itself.
         why: the reason as a sentence, with numbers.
 
     """
@@ -100,7 +100,7 @@ class _Segment:
     token_ids: tuple[int, ...]
     position: int
     missing: list[Piece]
-    num_run: int  # tokens missing of the whole text, which would be stored together
+    num_run: int  # the missing tokens of the whole text, which would be stored together
     text_indices: set[int] = field(default_factory=set)
 
     @property
@@ -113,7 +113,7 @@ class _Segment:
 
     @property
     def aside(self) -> Aside | None:
-        """The tokens that stand there without the segment, if its join changed them."""
+        """The tokens that the text before the segment has at the join by itself, if the join changed them."""
         extent = self.extent
         return Aside(self.text_idx, extent.start, extent.replaced) if extent.replaced else None
 
@@ -157,7 +157,7 @@ def _missing_segments(
 def _under_other_roots(
     archive: Archive, segments: Sequence[_Segment], encoded: Sequence[TokenIds]
 ) -> list[tuple[str, dict[int, list[Piece]]]]:
-    """Return the differences of other roots, and the pieces that the store has under each, by text."""
+    """Return, for each other root, its differences in words, and the pieces that the store has under it, by text."""
     texts = list(dict.fromkeys(segment.text_idx for segment in segments))
     beginnings = dict.fromkeys(flat(encoded[idx])[:NUM_BEGINNING_TOKENS] for idx in texts)
     roots = dict.fromkeys(root for ids in list(beginnings)[:MAX_BEGINNINGS] for root in archive.others(ids))

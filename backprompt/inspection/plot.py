@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _GREY = "#7d8590"  # shows on white and on black
 _MOST_PROBABLE, _OTHERS = "#c2410c", "#1d5fa8"
 _MAX_LABELS = 80
-"""More tokens than this have numbers in a heat map, not strings."""
+"""The axis of a heat map with more tokens than this shows numbers, not strings."""
 
 
 def plot_probabilities(
@@ -147,7 +147,7 @@ def _checked(probabilities: Any, completions: Sequence[str] | None) -> tuple[Any
 
 
 def _new_axes(function: str, size: tuple[float, ...]) -> Axes:
-    """Return axes of this width and height in inches, on no ground of their own."""
+    """Return axes of this width and height in inches, with a transparent background."""
     ax: Axes
     figure, ax = _pyplot(function).subplots(figsize=size, layout="constrained")
     figure.patch.set_alpha(0)

@@ -1,7 +1,7 @@
 """A text with its tokens coloured by their probability, or by attention: for notebooks, terminals and plain text.
 
-The strength of one colour shows surprise or attention, and in plain text shades do, so it reads without colour vision.
-The background is that of the page: colours lie over it half transparent, and letters keep the page's own colour.
+The strength of one colour shows surprise or attention, in plain text the darkness of a mark, so no colour vision is
+needed. The background is that of the page: colours are half transparent, and letters keep the page's own colour.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TOKENS_BEFORE = 8
 
 @dataclass(frozen=True)
 class _Shade:
-    """The look of tokens of at least some value."""
+    """The look of tokens with a value of at least `least`."""
 
     least: float
     opacity: float  # in HTML
-    on_light: int  # in terminals, of the 256 colours: under black letters where the ground is light
-    on_dark: int  # the same where the ground is dark
+    on_light: int  # in light terminals: the background of black letters, one of 256 colours
+    on_dark: int  # in dark terminals: the background of letters
     letters_on_dark: int
     mark: str  # in plain text
 
@@ -104,13 +104,14 @@ class ShownToken:
         token_id: its id.
         string: the characters that it adds to the string before it; "\ufffd" for a part of a character.
         logprob: its log-probability given the tokens that it sees, nats; nan if nothing predicts it.
-        alternatives: the most probable tokens there, each with its log-probability; the first is the choice of greedy
-            decoding.
+        alternatives: the most probable tokens at its position, each with its log-probability; the first is the choice
+            of greedy decoding.
         begins_segment: whether a segment begins with it.
         is_join_changed: whether joining that segment to the text before it changed tokens.
         adapter: the name of its segment's own adapter, "" for `with_adapter(None)`, None if it has none of its own.
-        attention: the share of attention that it gets from the token of `show(attention_from=...)`; None without one.
-        attends: whether this token is the attending one.
+        attention: the share of attention that it gets from the token of `show(attention_from=...)`; None without such a
+            token.
+        attends: whether it is this attending token.
 
     """
 
@@ -143,11 +144,11 @@ class ShownText:
     __repr__ = __str__
 
     def ansi(self, *, is_dark: bool | None = None) -> str:
-        """Return the text with the escape sequences that terminals take for colours.
+        """Return the text with escape sequences for the colours of terminals.
 
         Args:
-            is_dark: whether the terminal's ground is dark; by default the variable COLORFGBG decides, and without it
-                True.
+            is_dark: whether the terminal's background is dark; by default the variable COLORFGBG decides, and without
+                it True.
 
         """
         is_dark = _has_dark_ground() if is_dark is None else is_dark
@@ -292,7 +293,7 @@ def _broken(string: str) -> str:
 
 
 def _has_dark_ground() -> bool:
-    """Return whether the terminal says in COLORFGBG ("15;0") that its ground is dark, or says nothing."""
+    """Return whether the terminal's background is dark, as COLORFGBG says ("15;0"); True if it says nothing."""
     ground = os.environ.get("COLORFGBG", "").rpartition(";")[2]
     return not ground.isdecimal() or int(ground) in (*range(7), 8)
 

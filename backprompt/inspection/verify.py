@@ -1,4 +1,4 @@
-"""Proof of sameness: the distance of computed results from the model's plain call, by text and by segment.
+"""Comparison with the plain call: the distance of computed results from those of the model itself, by segment.
 
 The plain call runs a private copy of the model in transformers: one text per call, in eval mode, without a cache.
 """
@@ -52,13 +52,13 @@ class NodeDrift:
     """The distance of the distributions behind a segment's tokens from those of the plain call.
 
     Attributes:
-        text_idx: the first of the given texts that has it.
+        text_idx: the idx of the first given text that has the segment.
         segment_idx: its place among the strings and runs of token ids of that text, in written order.
         segment: its contents, without the middle if they are long.
         start, stop: its tokens in `text.tokens`.
         num_texts: the number of texts in which it was compared; the figures are over all of them.
-        gap: the largest absolute difference of log-probabilities, nats, of the segment's own tokens and, behind each of
-            them, of the most probable token and of those with a probability of at least 0.001.
+        gap: the largest absolute difference of log-probabilities, nats, over the segment's own tokens and the likely
+            tokens behind each of them: the most probable one, and all with a probability of at least 0.001.
         largest_gap, mean_gap: the largest and the mean difference over all tokens of the vocabulary.
         argmax_flips: the number of its tokens behind which the most probable tokens differ.
 
@@ -78,7 +78,7 @@ class NodeDrift:
 
 @dataclass(frozen=True)
 class Verification:
-    """The distance of texts from the model's plain call; `str()` is an account, and notebooks show it.
+    """The distance of texts from the model's plain call; `str()` and notebooks show sentences and a table.
 
     Attributes:
         num_texts: the number of texts that were compared.
@@ -97,7 +97,7 @@ class Verification:
         stored_error: the largest relative error of results read back from a store in fewer bits; 0 without any.
         is_coarse: whether layers round their inputs to 8 bits or compute in 16, so that the plain call itself depends
             on the last bit; the default tolerance is then that of bfloat16.
-        cost: the distance from full weights, where they were given.
+        cost: the cost of fewer bits, if `against` was given; else None.
         nodes: each segment, in the order of the texts; shared segments once.
 
     """
@@ -258,7 +258,7 @@ def verify(
             `Verification.cost`. The tolerance applies only to the distance from the model's own plain call, so fewer
             bits are not drift.
         raise_on_drift: raise if a gap is larger.
-        show_progress_bar: by default on a terminal when at least 5 texts are compared.
+        show_progress_bar: whether to show a bar; by default only on a terminal, for at least 5 compared texts.
 
     Raises:
         DriftError: with `raise_on_drift`: a gap is larger than the tolerance; the message names the segment.

@@ -1,5 +1,5 @@
-"""Connections with other libraries: scikit-learn and lm-evaluation-harness.
+"""Connections with other libraries: scikit-learn, lm-evaluation-harness and TRL.
 
-The folder may import everything but the command line; each module imports its own library, and no other module does.
+Modules of this folder may import all other folders except the command line. No other module imports these libraries.
 A new integration is a module here, with an extra of its name in `pyproject.toml`.
 """

@@ -2,13 +2,13 @@
 
     python -m backprompt.integrations.lm_eval --model backprompt --model_args pretrained=gpt2 --tasks hellaswag
 
-is the harness's own command line. The harness finds models of other packages only once they are imported, so in Python
-import this module first; then `lm_eval.simple_evaluate(model="backprompt", model_args=...)` knows the name. An instance
-may be passed as well: `simple_evaluate(model=BackpromptLM(lm), ...)`.
+This command is the harness's own command line. The harness finds models of other packages only once they are imported.
+So in Python import this module first; then `lm_eval.simple_evaluate(model="backprompt", model_args=...)` knows the
+name. An instance may be passed as well: `simple_evaluate(model=BackpromptLM(lm), ...)`.
 
-Scores are those of the harness's `hf` backend: the same ids behind the same ids, cut off on the left in the same way.
-Only rolling log-likelihoods with a tokenizer that adds BOS differ: `hf` puts a second BOS before the first. Arguments
-with the same meaning have the same names.
+Scores are those of the harness's `hf` backend: the same ids are scored behind the same ids, and long requests are cut
+off on the left in the same way. Only rolling log-likelihoods with a tokenizer that adds BOS differ: `hf` puts a second
+BOS before the first. Arguments with the same meaning have the same names.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 WORKER_OPTIONS = ("num_workers", "num_cpus", "num_gpus")
 _OTHER_OPTIONS = {"model", "tokenizer", "joins", "add_special_tokens"}
 LM_OPTIONS = tuple(name for name in inspect.signature(LM).parameters if name not in _OTHER_OPTIONS)
-"""Options of `LM` that a `pretrained` name may come with; texts are ids here, so options on strings are left out."""
+"""Options of `LM` for a model that is given by name. Texts are ids here, so options about strings are left out."""
 
 
 class BackpromptLM(TemplateLM):  # type: ignore[misc]
@@ -76,21 +76,21 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         pretrained: a hub id or the path of a model, an `LM`, or a `(model, tokenizer)` tuple.
         tokenizer: the id, path or object of a tokenizer; by default the model's own.
         dtype: the dtype of the weights; by default the checkpoint's, as for `hf`.
-        device: the device; by default, and for "cuda" on a machine without CUDA (the command line's default), as for
-            `backprompt.load`. An `LM` stays on its device.
+        device: the device; by default as for `backprompt.load`. "cuda", the command line's default, is ignored on a
+            machine without CUDA. An `LM` stays on its device.
         max_length: the largest number of tokens given to the model; by default from its configuration.
         add_bos_token: whether the tokenizer adds special tokens to a context; by default as the tokenizer does.
         prefix_token_id: the token before texts without context; by default BOS, or else EOS.
-        rolling_as_hf: in rolling log-likelihoods, let the tokenizer add its special tokens behind the prefix token, and
-            score them as part of the string, as `hf` does: with a tokenizer that adds BOS a second BOS is scored behind
-            the first. By default a string's own tokens are scored behind the prefix token.
+        rolling_as_hf: whether rolling log-likelihoods score the special tokens that the tokenizer adds to a string, as
+            `hf` does. With a tokenizer that adds BOS, a second BOS is then scored behind the first. By default only the
+            string's own tokens are scored behind the prefix token.
         chat_template_args: arguments for the tokenizer's chat template.
         batch_size, max_batch_size: accepted from the command line and not used. There are no batches: a pass is filled
             up to `max_tokens_per_forward` tokens.
         **lm_options: options of `LM`, such as memory_bytes, store; and num_workers, num_cpus, num_gpus of `RayLM`.
 
     Raises:
-        TypeError: an unknown option, or an option that a given `LM` cannot take any more; raised before anything is
+        TypeError: an unknown option, or an option that must be given to the `LM` itself; raised before anything is
             loaded.
         ValueError: an option has an invalid value; raised before anything is loaded.
         The errors of `backprompt.load`.
@@ -190,7 +190,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the counts of work, see `Stats`, which the harness adds to `results["config"]` at the end."""
+        """Return the counts of `Stats`; the harness adds them to `results["config"]` at the end."""
         return {"backprompt": asdict(self.lm.stats)}
 
     def tok_encode(
@@ -265,8 +265,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """Return the text generated behind each context, up to the first of its stop strings.
 
         Requests with the same options are generated together. Options are those of `backprompt.generate`, with the
-        harness's names for the number of tokens and the stop strings. Stop strings count in the generated text, decoded
-        by itself, as for `hf`.
+        harness's names for the number of tokens and the stop strings. Stop strings are searched in the generated text,
+        decoded by itself, as for `hf`.
 
         Raises:
             GenerationError: unknown options, or no room for a context.
@@ -305,7 +305,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
                 f"The task asks for {max_new_tokens} tokens, which leaves no room for a context in the model's "
                 f"{self.max_length}. Ask for fewer: --gen_kwargs max_gen_toks=..."
             )
-        # A task's stop strings suit no particular tokenizer; a string that the tokenizer cannot spell never comes.
+        # A task's stop strings suit no particular tokenizer; a string that the tokenizer cannot spell never occurs.
         spelled = [string for string in stop if not missing_characters(string, self.tokenizer)]
         decoding = Decoding(
             self.lm.session.causal_lm,
@@ -326,8 +326,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
         """Return, for each request, the log-probability of its continuation, and whether greedy decoding gives it.
 
         Args:
-            requests: context and continuation as strings, which name the entry in the harness's cache (or None), and
-                as ids.
+            requests: for each request, context and continuation as strings (the key of the harness's cache; None for no
+                entry), the ids of the context, and the ids of the continuation.
             disable_tqdm: show no bar.
 
         Raises:
@@ -384,7 +384,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]
 
 
 def _there(device: str | None) -> str | None:
-    """Return the device, or None for a CUDA device that is missing, which `hf` does not take literally either."""
+    """Return the device, or None for CUDA on a machine without it, which `hf` ignores, too."""
     is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
     return None if is_missing else device
 
@@ -407,7 +407,7 @@ def main() -> None:
     cli_evaluate()
 
 
-if "backprompt" not in model_registry:  # run with -m, this module exists twice, so a name stands for the class
+if "backprompt" not in model_registry:  # with -m this module is loaded twice: the name is registered, not the class
     model_registry.register("backprompt", target="backprompt.integrations.lm_eval:BackpromptLM")
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Requests of lm-evaluation-harness as token ids, put in the order in which common beginnings come together."""
+"""Requests of lm-evaluation-harness as token ids, in an order in which those with common beginnings are neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backprompt.forest.fan import Shape
 class Continuation:
     """Ids of a request; the ids from `start` on are scored.
 
-    There are at most `max_length` ids, and one more that is scored and not forwarded.
+    There are at most `max_length` ids to forward, and one more, which is scored and not forwarded.
     """
 
     token_ids: tuple[int, ...]
@@ -24,7 +24,7 @@ class Continuation:
 
 
 def behind_contexts(continuations: Sequence[Continuation]) -> list[Behind]:
-    """Return continuations in their order, those of neighbours with the same context together."""
+    """Return the continuations in order; those of neighbours with the same context form one `Behind`."""
     shapes: dict[tuple[tuple[int, ...], ...], Shape] = {}
     behind: list[Behind] = []
     for context, own in itertools.groupby(continuations, key=lambda of: of.token_ids[: of.start]):
@@ -34,7 +34,7 @@ def behind_contexts(continuations: Sequence[Continuation]) -> list[Behind]:
 
 
 def slices_of(continuations: Sequence[Continuation], num_workers: int) -> Iterator[list[int]]:
-    """Yield the indices of continuations to be scored together, so that common beginnings come together."""
+    """Yield slices of continuations to score together, as indices; common beginnings are in one slice if possible."""
     # Ids compare fast as bytes. The order means nothing, but it puts common beginnings side by side.
     order = sorted(range(len(continuations)), key=lambda idx: array("i", continuations[idx].token_ids).tobytes())
     chosen: list[int] = []

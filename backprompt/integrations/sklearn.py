@@ -51,34 +51,35 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
         instruction + shot 1 + separator + shot 2 + separator + ... + template with the input in it
 
-    where a shot is the template with an example in it, followed by its label, with a space between them if
-    `end_of_prompt` says so. `backprompt.classify.predict_proba` gives the probability of each label behind the prompt.
-    `fit` trains nothing: it chooses classes, shots, prior and calibration.
+    A shot is the template with an example in it, followed by the example's label; `end_of_prompt` decides whether a
+    space stands between them. `backprompt.classify.predict_proba` gives the probability of each label behind the
+    prompt. `fit` trains nothing: it chooses classes, shots, prior and calibration.
 
-    `X` is a sequence, array or series of strings, as scikit-learn's text vectorizers take it: one dimension. Of a data
-    frame give one column, `X["message"]`.
+    `X` is a one-dimensional sequence, array or series of strings, as for scikit-learn's text vectorizers. From a data
+    frame take one column, `X["message"]`.
 
-    Clones share the `LM` and all that it holds. An `LM` cannot be pickled: in searches leave `n_jobs` at 1 (packed
-    passes use all cores), or use joblib's "threading" backend.
+    Clones share the `LM` and its results. An `LM` cannot be pickled: in searches leave `n_jobs` at 1 (packed passes use
+    all cores), or use joblib's "threading" backend.
 
     Args:
         lm: the model, a `backprompt.LM` or a `(model, tokenizer)` tuple; the attribute is an `LM` in either case.
-        template: the prompt of one input, with the field `{text}`: "Message: {text}\nKeywords:". Braces that stand for
-            themselves are doubled, as in `str.format`.
+        template: the prompt of one input, with the field `{text}`: "Message: {text}\nKeywords:". Literal braces are
+            doubled, as in `str.format`.
         labels: the completion of each class: a mapping from classes, or a sequence in the order of `classes_`; by
-            default `str(class)`. A mapping may have more classes than the data. Some ensembles, VotingClassifier among
-            them, give their members the numbers 0, 1, ... for the sorted classes, which require a sequence.
+            default `str(class)`. A mapping may have more classes than the data. Some ensembles, such as
+            VotingClassifier, number the sorted classes 0, 1, ... for their members, and so require a sequence.
         shots: the number of labelled examples to draw from the training data, or the `(x, class)` pairs themselves.
-            Classes take turns. The first 4 of 8 shots drawn are the 4 that `shots=4` draws, so such prompts share them.
+            Drawn shots take the classes in turn. The first 4 of 8 drawn shots are those that `shots=4` draws, so such
+            prompts share them.
         instruction: the beginning of all prompts.
         separator: the string behind each shot.
-        end_of_prompt: "auto", " " or "": stands between prompt and label, in shots, too; see `classify.log_probs`.
+        end_of_prompt: the string between prompt and label, also in shots: "auto", " " or ""; see `classify.log_probs`.
         prior: a probability for each of `classes_`; "training": the classes' frequencies in the training data; None:
             all are equal. Applied after calibration.
-        calibrate_on: inputs whose mean probabilities are divided by, to correct the prompt's own preferences:
-            neutral inputs such as `["N/A", ""]` (contextual calibration, Zhao et al. 2021, arXiv 2102.09690), or
-            "training": the training inputs without the shots and without labels (batch calibration, Zhou et al. 2023,
-            arXiv 2309.17249). None: no correction.
+        calibrate_on: inputs that show the prompt's own preferences; all probabilities are divided by their mean
+            probabilities. Neutral inputs such as `["N/A", ""]` (contextual calibration, Zhao et al. 2021, arXiv
+            2102.09690), or "training": the training inputs that are no shots, without labels (batch calibration, Zhou
+            et al. 2023, arXiv 2309.17249). None: no correction.
         aggregate: the "mean" or the "sum" of a label's token log-probabilities; see `classify.predict_proba`.
         discount_completions: see `classify.predict_proba`.
         random_state: the seed for drawing shots. With None each fit draws different shots, so fits share little.
@@ -213,7 +214,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         tags = super().__sklearn_tags__()
         tags.input_tags.one_d_array = tags.input_tags.string = True
         tags.input_tags.two_d_array = False
-        tags.classifier_tags.poor_score = True  # on columns of numbers, by which scikit-learn judges
+        tags.classifier_tags.poor_score = True  # on columns of numbers, which scikit-learn's checks use
         return tags
 
     # Prompts

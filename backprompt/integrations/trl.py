@@ -8,8 +8,8 @@
 
 The completions of a group share their prompt, and so do the two answers of a pair. TRL forwards the prompt once for
 each of them, with padding around it. `ForestLogprobs` replaces the method that computes log-probabilities and entropies
-(GRPO, RLOO). `ForestStates` replaces the body of the model, behind which TRL's own head goes on (DPO). Data, rewards,
-losses and metrics stay the trainer's own. This module imports nothing of TRL.
+(GRPO, RLOO). `ForestStates` replaces the body of the model, and TRL's own head continues from the hidden states (DPO).
+Data, rewards, losses and metrics stay the trainer's own. This module imports nothing of TRL.
 """
 
 from __future__ import annotations
@@ -99,16 +99,16 @@ class ForestLogprobs(_Forest):
 
     Name it before the trainer: `class Trainer(ForestLogprobs, GRPOTrainer)`. Numbers and gradients equal those of the
     trainer's own method up to rounding. Calls that the forest cannot compute use that method, and the log says so once
-    for each reason: images and other inputs beside tokens, the balancing loss of mixtures of experts, models that are
-    split over several devices (FSDP, DeepSpeed, tensor, context or sequence parallelism), `cast_lm_head_to_fp32`,
-    active dropout, rows beyond the model's length, models that backprompt does not support. Models that every process
-    holds whole (DDP) are supported.
+    for each reason. The reasons are images and other inputs beside tokens, the balancing loss of mixtures of experts,
+    models that are split over several devices (FSDP, DeepSpeed, tensor, context or sequence parallelism),
+    `use_liger_kernel`, `cast_lm_head_to_fp32`, active dropout, rows beyond the model's length, and models that
+    backprompt does not support. Models that every process holds whole (DDP) are supported.
 
     The metrics `forest/tokens_given` and `forest/tokens_forwarded` are the tokens in a call's batch, and the tokens
     that were forwarded for them.
 
     Raises:
-        TypeError: the trainer behind the mixin has no such method.
+        TypeError: the trainer has no method that the mixin can replace.
 
     """
 
@@ -188,10 +188,10 @@ class ForestLogprobs(_Forest):
 
 
 class ForestStates(_Forest):
-    """A mixin for `DPOTrainer` of TRL: the hidden states of a batch by its forest, and TRL's own head behind them.
+    """A mixin for `DPOTrainer` of TRL: hidden states by the forest of a batch, which TRL's own head continues from.
 
     Name it before the trainer: `class Trainer(ForestStates, DPOTrainer)`. Chosen and rejected answers share their
-    prompt, which goes through the body of the model once for both, and once through that of the reference. Calls that
+    prompt, which goes once through the body of the model, and once through the body of the reference model. Calls that
     the forest cannot compute, and the metrics, are treated as by `ForestLogprobs`.
     """
 
@@ -203,12 +203,12 @@ class ForestStates(_Forest):
                 _share(causal, body, self._states)
 
     def _states(self, causal: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-        """Return the final hidden states of a batch, `(rows, columns, hidden)`; None for the model's own way."""
+        """Return the final hidden states of a batch, `(rows, columns, hidden)`; None if the body must compute them."""
         given = {name for name, value in batch.items() if value is not None and name != "return_dict"}
         if given != {"input_ids", "attention_mask", "use_cache"} or batch["use_cache"]:
             if {"pixel_values", "output_router_logits"} & given:
                 self._say_once(f"the batch has more than tokens ({', '.join(sorted(given))})")
-            return None  # generation, for one
+            return None  # such as a call of generation
         reason = self._why_cut()
         if reason is None:
             try:
@@ -230,7 +230,7 @@ def _said(error: Exception) -> str:
 
 
 def _let_through(causal: nn.Module) -> None:
-    """Let calls with `KEYWORD` do their work on the model, within its wrappers, such as DDP's bookkeeping."""
+    """Let a call with `KEYWORD` run the given function on the model, within the model's wrappers, such as DDP's."""
 
     def forward(plain: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         work: Work | None = kwargs.pop(KEYWORD, None)
@@ -240,7 +240,7 @@ def _let_through(causal: nn.Module) -> None:
 
 
 def _share(causal: nn.Module, body: nn.Module, states_of: Callable[[nn.Module, dict[str, Any]], Tensor | None]) -> None:
-    """Let the body of a model ask for the hidden states of a batch before it computes them itself."""
+    """Let the body of a model return the hidden states of `states_of`, and compute them itself if those are None."""
 
     def forward(plain: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = None if args or self is not body else states_of(causal, kwargs)

@@ -1,7 +1,8 @@
 """Tensors for trainers: log-probabilities of padded batches, each distinct token of the rows forwarded once.
 
 The public names are imported when they are first used. `rows.py` knows how trainers pad, and nothing of models.
-The folder may import `LM`s and all folders below them. Its results depend on no text and no tokenizer.
+Modules of this folder may import `LM`, and the folders that `LM` may import. The results depend on no text and no
+tokenizer.
 """
 
 import typing as _typing

@@ -1,9 +1,10 @@
 """Attention over a trie, with gradients.
 
-Token q sees token k if `k <= q < until[k]`, and within a window if their positions are near. The keys are cut at the
-edges of the trie. The tokens that see an edge are those of the edge, causally, and all of its descendants, which lie
-right behind it. So one causal call of a kernel for each edge suffices, without a mask, and the results are joined by
-log-sum-exp. The backward makes the same calls: see `kernels.py`. On CUDA one call does a whole layer: see `flex.py`.
+Token q sees token k if `k <= q < until[k]`. Under a window, their positions must also be near. The keys are divided
+into the edges of the trie, which are runs without a branch. An edge is seen by its own tokens, causally, and by all of
+its descendants, which lie right behind it. So one causal call of a kernel for each edge suffices, without a mask, and
+the results are joined by log-sum-exp. The backward makes the same calls: see `kernels.py`. On CUDA one call computes a
+whole layer: see `flex.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Way: TypeAlias = Literal["flex", "fast"]
 """One call of FlexAttention, or calls of the device's fast pair of kernels."""
 
 ORDER: dict[str, tuple[Way, ...]] = {"cuda": ("flex", "fast")}
-"""The ways of a device in the order in which they are tried. If none agrees with the clear pair, this pair is used."""
+"""The ways of a device in the order in which they are tried. The clear pair is used if no way agrees with it."""
 ON_OTHERS: tuple[Way, ...] = ("fast",)
 """The order on other devices."""
 
@@ -61,7 +62,7 @@ class TrieAttention:
     """Attends over one trie, in each layer; masks are made once for all layers with the same window.
 
     Attributes:
-        name: the way in use, and the reason why it is not a faster one.
+        name: the way in use, and the reason why no faster way is used.
 
     """
 
@@ -129,7 +130,7 @@ class TrieAttention:
             yield _Call(rows, edge, is_first=trie.positions[edge.start] == 0)
 
     def _windowed_calls(self, window: int, dtype: torch.dtype) -> Iterator[_Call]:
-        """Yield the calls for runs of at most `window` keys: behind two windows no row sees any of them."""
+        """Yield a call for each run of at most `window` keys, with the rows up to the last one that sees such a key."""
         trie = self._trie
         for edge in trie.edges:
             stop = int(trie.until[edge.start])

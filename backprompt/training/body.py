@@ -33,7 +33,7 @@ _ATTRIBUTE = "_backprompt_call"
 
 @dataclass(kw_only=True)
 class _Call(Masks):
-    """The forward call of one trie, and of its layers once more."""
+    """The forward call of one trie, and the recomputations of its layers."""
 
     attention: TrieAttention
     device: torch.device
@@ -45,8 +45,8 @@ def hidden_states(model: nn.Module, trie: Trie, wanted: Ints, *, is_recomputed: 
 
     Args:
         model: a causal LM that `skeleton.check_supported` allows.
-        trie: its tokens go through the model's body.
-        wanted: the tokens.
+        trie: the tokens that go through the model's body.
+        wanted: the indices of the wanted tokens.
         is_recomputed: whether the backward computes the whole call again, so that no part of it is held until then.
 
     """

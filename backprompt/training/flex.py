@@ -1,9 +1,9 @@
 """Attention over a trie in one call a layer: torch's FlexAttention, with the interval test as its mask.
 
-Token q sees token k if `k <= q < until[k]`. A table names the blocks of 128 rows and 128 keys in which some row sees
-some key, and the blocks in which every row sees every key. Other blocks are left out, and the mask is evaluated only in
-the first kind. torch compiles the call, for any number of tokens, with its backward. Before the first use for a kind
-of layer, numbers and gradients on two small tries are compared with attention written out.
+Token q sees token k if `k <= q < until[k]`. Rows and keys are divided into blocks of 128 by 128. A table lists the
+blocks that are partly visible, and the blocks in which every row sees every key. Other blocks are skipped, and the mask
+is evaluated only in partly visible blocks. torch compiles the call, for any number of tokens, with its backward. Before
+the first use for a kind of layer, numbers and gradients on two small tries are compared with attention written out.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def attend_at_once(call: Call, query: Tensor, key: Tensor, value: Tensor, scorin
 
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    # Tensors: torch would compile once more for another number, and cannot compile a symbol for it.
+    # Tensors, not numbers: torch would compile again for another number, and cannot compile a symbol for it.
     scaling = query.new_full((), scoring.scaling, dtype=wide)
     softcap = None if scoring.softcap is None else query.new_full((), scoring.softcap, dtype=wide)
     try:
@@ -98,7 +98,7 @@ def attend_at_once(call: Call, query: Tensor, key: Tensor, value: Tensor, scorin
     if scoring.sinks is not None and lse is not None:
         weights = torch.sigmoid(
             lse - scoring.sinks.to(lse.dtype)[:, None]
-        )  # of all that is no sink, (1, heads, tokens)
+        )  # of all keys, without the sink, (1, heads, tokens)
         output = (output * weights[..., None]).to(query.dtype)
     return output[0].transpose(0, 1)
 
@@ -118,7 +118,7 @@ def block_mask(trie: Trie, window: int | None, device: torch.device) -> Any:
 
 
 def _table(blocks: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return the number of key blocks of each row block, `(1, 1, row blocks)`, and these blocks, with one more axis."""
+    """Return the number of key blocks of each row block, `(1, 1, row blocks)`, and their indices, with an axis more."""
     indices = np.argsort(~blocks, axis=1, kind="stable")  # those named, in order, and then the others
     num_named, named = (table[None, None].astype(np.int32) for table in (blocks.sum(axis=1), indices))
     return torch.from_numpy(num_named), torch.from_numpy(named)
@@ -185,7 +185,7 @@ def compiled() -> Call:
             raise NotCompiledError("torch.compile is switched off")
         return run(*arguments)
 
-    checked.__code__ = checked.__code__.replace()  # torch allows each code object so many compilations
+    checked.__code__ = checked.__code__.replace()  # torch limits the compilations of each code object
     return torch.compile(checked, dynamic=True, fullgraph=True)
 
 
@@ -193,8 +193,8 @@ def compiled() -> Call:
 def choose(kind: Kind) -> Choice:
     """Return the call of a kind of layer if it agrees with attention written out on small tries.
 
-    A thread of its own has none of the caller's settings: autocast, and hooks on tensors that a backward needs, such as
-    those of gradient checkpointing.
+    The comparison runs in a thread of its own, without the caller's settings: autocast, and hooks on tensors that a
+    backward needs, such as those of gradient checkpointing.
     """
     with ThreadPoolExecutor(1) as pool:
         choice = pool.submit(_compared, kind).result()
@@ -219,7 +219,7 @@ def _compared(kind: Kind) -> Choice:
 
 
 def _largest_gap(call: Call, kind: Kind, num_tokens: int) -> float:
-    """Return the largest gap of output and gradients, over a trie of a beginning and two ends of it."""
+    """Return the largest gap of output and gradients, over a trie of one beginning and two continuations."""
     middle, behind = num_tokens // 2, num_tokens * 3 // 4
     numbers = np.arange(num_tokens)
     trie = Trie.of([numbers[:behind], np.delete(numbers, slice(middle, behind))])

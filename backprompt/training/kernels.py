@@ -27,7 +27,7 @@ Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 @dataclass(frozen=True)
 class Pair:
-    """A kernel and its backward; the name of the clear pair includes the reason for it."""
+    """A kernel and its backward; the name of a clear pair may include the reason why it is used."""
 
     name: str
     forward: Callable[..., KernelOutput]
@@ -142,7 +142,7 @@ FAST_BACKWARDS: dict[str, Callable[..., Gradients]] = {"cpu": _flash_cpu_backwar
 
 
 def clear_pair(softcap: float | None = None) -> Pair:
-    """Return the pair that is right on any device, for the scores of a layer."""
+    """Return the clear pair, which is right on any device; `softcap`: the soft cap of a layer's scores, or None."""
     if softcap is None:
         return Pair("clear", clear_kernel, clear_backward)
     return Pair("clear (soft cap)", partial(clear_kernel, softcap=softcap), partial(clear_backward, softcap=softcap))
@@ -161,7 +161,7 @@ def pair_for(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -
 def choose_pair(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Pair:
     """Return the device's fast pair if it agrees with the clear pair on a tiny case, else the clear pair.
 
-    The fast kernels are private operations of torch, as those of `attention/kernels.py`.
+    The fast kernels are private operations of torch, like those of `attention/kernels.py`.
     """
     if device.type not in FAST_BACKWARDS:
         return clear_pair()

@@ -32,7 +32,7 @@ class Scorer(NamedTuple):
 
 
 def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, requires_grad: bool = False) -> Scorer:
-    """Return an `LM` as given, or that of a model.
+    """Return the given `LM`, or the `LM` that the given model keeps.
 
     Raises:
         TypeError: the value is neither an `LM` nor a model.
@@ -64,7 +64,7 @@ def scorer_of(lm_or_model: LM | nn.Module, max_tokens_per_forward: int | None, r
 
 
 def fit(session: Session, max_tokens_per_forward: int | None) -> None:
-    """Let the `LM` of a model take its share of the memory that is free now; the lock must be held.
+    """Set the budgets of a model's `LM` from the memory that is free now; the caller must hold the lock.
 
     Between two calls a trainer may have made the states of its optimizer, or freed its activations.
     """
@@ -106,8 +106,8 @@ def goes_as_with_gradients(model: nn.Module) -> bool:
     """Return whether a call without gradients runs the model as a call with gradients does.
 
     This is the case under autocast, and with half-precision weights. There, two ways of computing the same numbers
-    differ by rounding, and the ratio of a policy to its old self would show the difference. A model that is offloaded
-    or spread over devices always runs through its `LM`, which shuts autocast out.
+    differ by rounding, so the ratio of a policy's probabilities to its own old ones would not be 1. A model that is
+    offloaded or spread over devices always runs through its `LM`, which shuts autocast out.
     """
     model = unwrap(model)
     if is_spread(model):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Account:
-    """The tokens of a batch.
+    """The numbers of tokens of a batch.
 
     Attributes:
         tokens_given: the real tokens of all rows.
@@ -35,11 +35,11 @@ class RowScores:
     Attributes:
         logprobs: log-probabilities of the tokens, nats, `(rows, kept)`.
         entropies: entropies of the distributions that predict the tokens, nats, `(rows, kept)`; None if not requested.
-        top_logprobs, top_ids: log-probabilities and ids of the most probable tokens in the place of each token, in
+        top_logprobs, top_ids: log-probabilities and ids of the most probable tokens at each token's position, in
             falling order, `(rows, kept, k)`; None if not requested. Tokens of equal probability stand in any order.
-        given_logprobs: log-probabilities of given tokens in the place of each token, `(rows, kept, k)`; None if not
+        given_logprobs: log-probabilities of given tokens at each token's position, `(rows, kept, k)`; None if not
             requested.
-        account: the account of the tokens.
+        account: the numbers of tokens.
 
     """
 

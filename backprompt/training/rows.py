@@ -5,7 +5,7 @@
     row 1       17    5    6    2 |  8    .    .        tokens 17 5 6 2 8;               target 8
     row 2        .    .    .    . |  .    .    .        no tokens, no targets
 
-The real tokens of all rows are kept as one flat array, row behind row, in the host's memory. A *target* is a real token
+The real tokens of all rows are kept as one flat array, row after row, in the host's memory. A *target* is a real token
 in a kept column with a real token before it in its row: the token before the target predicts the target. Results of
 targets are flat, too, and are scattered to `(rows, kept)` on the trainer's device.
 """
@@ -34,7 +34,7 @@ class PaddedRows:
     """The real tokens of a padded batch.
 
     Attributes:
-        token_ids: the real tokens, row behind row, `(tokens,)`.
+        token_ids: the real tokens, row after row, `(tokens,)`.
         offsets: where the tokens of each row start, and the end of the last row, `(rows + 1,)`.
         first_columns: the column of each row's first real token, `(rows,)`; 0 for a row without one.
         num_columns: the width of the batch.
@@ -105,7 +105,7 @@ class PaddedRows:
 
     @cached_property
     def targets(self) -> Ints:
-        """The index of each target in `token_ids`, row behind row, `(targets,)`; the token before predicts it."""
+        """The index of each target in `token_ids`, row after row, `(targets,)`; the token before predicts it."""
         return ranges(self.offsets[:-1] + self.starts, self.offsets[1:])
 
     @cached_property

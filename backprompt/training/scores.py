@@ -47,10 +47,10 @@ def token_logprobs(
         scores.logprobs  # (rows, logits_to_keep)
 
     Column j of the results belongs to `input_ids[:, -kept + j]`, given the tokens before it in its row. Rows with a
-    common beginning, such as completions of one prompt, share the work for it, in any order and with padding on either
-    side. Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's first
-    real token. An `LM` computes in the dtype of the weights, and shuts autocast out. For a model under the caller's
-    autocast, or with weights in half precision, the numbers equal those with gradients to the bit.
+    common beginning, such as completions of one prompt, share the work for it, in any order of rows and with padding on
+    either side. Each row's numbers are those of a plain call on the row's own tokens; positions count from the row's
+    first real token. An `LM` computes in the dtype of the weights, without autocast. A model under the caller's
+    autocast, or with weights in half precision, gives the same numbers with and without gradients, to the bit.
 
     With `requires_grad=True` the results have an autograd graph behind them, down to the model's own parameters. Each
     distinct token goes backward once, too. The model runs in its own mode and under the caller's autocast, and
@@ -66,7 +66,7 @@ def token_logprobs(
         temperature: divides the logits.
         entropy: whether to return entropies, at the temperature.
         top_k: the number of most probable tokens to return, with their log-probabilities; None: no such tokens.
-        token_ids: other tokens to score in the place of each token, `(rows, kept, k)`; any number at padding. None: no
+        token_ids: other tokens to score at each token's position, `(rows, kept, k)`; any number at padding. None: no
             other tokens.
         requires_grad: whether the results have an autograd graph, see above.
         max_tokens_per_forward: for a model, the largest number of tokens in one packed pass; see `LM`. With gradients
@@ -126,7 +126,7 @@ def _scores(session: Session, rows: PaddedRows, asked: Asked) -> RowScores:
 def _scores_of_model(
     model: nn.Module, rows: PaddedRows, asked: Asked, max_tokens: int | None, *, requires_grad: bool
 ) -> RowScores:
-    """Return the scores by the user's own model, in its own modes and the caller's surroundings."""
+    """Return the scores by the user's own model, in its own modes and under the caller's autocast."""
     if requires_grad and not torch.is_grad_enabled():
         raise ValueError(
             "requires_grad=True makes an autograd graph, but the call stands under torch.no_grad() or "
@@ -153,7 +153,7 @@ def _scattered(rows: PaddedRows, values: Tensor | None) -> Tensor | None:
 
 
 def _read(session: Session, texts: Sequence[tuple[int, ...]], starts: Sequence[int], asked: Asked) -> Distributions:
-    """Return the requested results for the tokens of each row from a start on, row behind row."""
+    """Return the requested results for the tokens of each row from its start on, row after row."""
     if asked.is_plain:
         session.counters.tokens_requested += sum(map(len, texts))
         scored = session.evaluator.scoring.token_scores(texts, starts, [None] * len(texts))

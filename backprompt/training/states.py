@@ -28,7 +28,7 @@ class RowStates:
 
     Attributes:
         hidden: the `last_hidden_state` of the model's body, `(rows, columns, hidden)`; 0 at padding.
-        account: the account of the tokens.
+        account: the numbers of tokens.
 
     """
 
@@ -82,7 +82,7 @@ def _zeros(causal: nn.Module, rows: PaddedRows) -> Tensor:
 
 
 def _places(rows: PaddedRows) -> Ints:
-    """Return the index of each real token in a flattened `(rows, columns)`, row behind row."""
+    """Return the index of each real token in a flattened `(rows, columns)`, row after row."""
     numbers = np.repeat(np.arange(rows.num_rows), rows.lengths)
     columns = rows.first_columns[numbers] + np.arange(len(numbers)) - rows.offsets[numbers]
     places: Ints = numbers * rows.num_columns + columns

@@ -29,7 +29,7 @@ class Trie:
     """Distinct tokens, depth first.
 
     Attributes:
-        token_ids, positions: of each token, `(tokens,)`.
+        token_ids, positions: the id and the position of each token, `(tokens,)`.
         until: the token behind the last descendant of each token, `(tokens,)`.
         nodes: the tokens of each row, one array for each row, in the order of the given rows.
 
@@ -92,10 +92,10 @@ def _num_common(before: Ints, row: Ints) -> int:
 
 
 def cut(rows: Sequence[Ints], max_tokens: int) -> list[slice]:
-    """Return parts of sorted rows with at most so many distinct tokens each, or as many as the longest row has.
+    """Return parts of sorted rows, each with at most `max_tokens` distinct tokens, or those of the longest row if more.
 
-    A part computes all of its first row's tokens, also those that the part before it has. The parts are those with the
-    fewest tokens in all, and of these with the fewest parts.
+    A part computes all tokens of its first row, including those that the previous part has. The cut with the fewest
+    computed tokens is returned; of several, the one with the fewest parts.
     """
     shared = shared_beginnings(rows)
     if sum(map(len, rows)) - sum(shared) <= max_tokens:
