@@ -72,7 +72,7 @@ class GenerationError(BackpromptError, ValueError):
 
 
 class MemoryBudgetError(BackpromptError, MemoryError):
-    """A text that must stay in memory, such as a pinned one, does not fit the `LM`'s `memory_bytes`."""
+    """The pinned texts together do not fit the `LM`'s `memory_bytes`."""
 
 
 class DamagedEntryError(BackpromptError, ValueError):
