@@ -114,7 +114,7 @@ class ModelRepr:
 
     @property
     def hidden_states(self) -> Tensor:
-        """The final hidden states, from which the output head computes logits, `(tokens, hidden)`, in the model's dtype."""
+        """Final hidden states, the input of the output head, `(tokens, hidden)`, in the model's dtype."""
         with self._held() as (evaluator, text):
             return evaluator.readout.hidden_states(text)
 
@@ -283,7 +283,7 @@ def attention_of(
 def _held_together(
     asked: Sequence[tuple[TokenIds, Chosen]], max_tokens: int
 ) -> Iterator[Sequence[tuple[TokenIds, Chosen]]]:
-    """Yield groups of texts to keep in memory at the same time: of at most `max_tokens` tokens together, or one text."""
+    """Yield groups of texts to keep in memory together: one text, or several of at most `max_tokens` tokens in all."""
     start, num_tokens = 0, 0
     for idx, (token_ids, _) in enumerate(asked):
         num_tokens += len(token_ids)
