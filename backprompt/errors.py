@@ -16,7 +16,7 @@ class BackpromptError(Exception):
 
 
 class TextTypeError(BackpromptError, TypeError):
-    """A value has the wrong type where a `str`, a `Text` or a sequence of them is needed."""
+    """A value has the wrong type where a `str`, a `Text` or a sequence is needed."""
 
 
 class MixedModelsError(BackpromptError, ValueError):

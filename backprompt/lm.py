@@ -168,9 +168,9 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
     def fingerprint(self) -> str:
         """SHA-256, as hex, of the model's weights, configuration, adapters and dtype, and of the tokenizer.
 
-        All keys of results derive from it. The first use, and the first use after a change, hashes every weight. For a
-        model from `load` the fingerprint is kept between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt` in the
-        user's cache directory.
+        All keys of results derive from this hash. The first use, and the first use after a change, hashes every weight.
+        For a model from `load` the fingerprint is kept between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt`
+        in the user's cache directory.
         """
         with self._session.exclusive():
             self._session.current()

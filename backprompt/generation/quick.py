@@ -71,7 +71,7 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
 def _kth_largest(scores: Scores, k: int) -> Scores:
     """Return the k-th largest score of each row, `(rows, 1)`; no score may be NaN.
 
-    The scores are divided into groups. The k-th largest maximum of a group is a lower bound, and only the few scores
+    The scores are divided into groups. The k-th largest of the groups' maxima is a lower bound, and only the few scores
     from this bound up are sorted.
     """
     num_groups = 4 * k

@@ -3,7 +3,7 @@ r"""Stop strings: when one ends a continuation, the part of the continuation tha
 Only the generated string, which the tokens add to the prompt's string, is searched for stop strings. The first stop
 string that is complete counts; of several that are complete at once, the longest counts. So the borders of tokens do
 not matter. Special tokens are left out of a completion, and so of the searched string. A stop string that names a
-special token is searched in the string with special tokens written out.
+special token is searched for in the string with special tokens written out.
 
 A stop string may begin within a token ("abc\n" as one token, for the stop string "\n"). The tokens before such a token
 stay as they were generated, and the kept part of the token ("abc") stands behind them as a string.

@@ -79,7 +79,7 @@ def asked_of_completion(lm: LM, body: CompletionBody, limits: Limits) -> Asked:
 
 
 def asked_of_chat(lm: LM, body: ChatBody, limits: Limits) -> Asked:
-    """Return the generation that a request for a turn of a conversation asks for; by default until the limits."""
+    """Return the generation that a request for a turn of a conversation asks for; by default as many tokens as fit."""
     prompt = chat(lm, body.conversation)
     num_tokens = body.max_completion_tokens or body.max_tokens
     if num_tokens is None:

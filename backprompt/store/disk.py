@@ -47,8 +47,8 @@ class DiskStore(Store):
     Args:
         path: the folder; it must be missing, empty, or the folder of a store.
         persist: the results that an `LM` stores: see `Store`.
-        max_bytes: the limit for the bytes of the files, a number or text such as "10 GB". Over the limit, the least
-            recently used entries are deleted first, but no entry before the entries that continue it.
+        max_bytes: the limit for the bytes of the files, a number or text such as "10 GB". The least recently used
+            entries are deleted first, but each entry only after the entries that continue it.
         dtype: the precision of stored keys, values and hidden states. None: as computed. "float16" and "int8" take less
             space and cost accuracy; the error is measured and kept with each entry.
 

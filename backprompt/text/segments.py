@@ -67,7 +67,7 @@ class Group:
     """Branches that see the text before the group and themselves; the text behind the group sees all of them.
 
     Attributes:
-        branches: in written order. With shared positions the order does not change results; repeats do.
+        branches: in written order. With shared positions, the order does not change results; repeated branches do.
         positions: "shared": each branch starts where the group starts; "sequential": where the previous branch ends.
 
     """

@@ -39,7 +39,7 @@ def number_of(token_id: IntOrInts) -> IntOrInts:
 
 
 def base_of(token_id: int) -> int:
-    """Return the id of token 0 under the adapter of `token_id`. The sum of it and a plain id is under the adapter."""
+    """Return the id of token 0 under the adapter of `token_id`; plus a plain id, it is that token under the adapter."""
     return token_id & -MAX_EMBEDDINGS
 
 
