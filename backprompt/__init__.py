@@ -1,7 +1,7 @@
 """Compose prompts with `+` and evaluate a forest of them in packed passes, each distinct token once.
 
-`_public.py` holds the public names and is imported when the first of them is used. torch and transformers take seconds
-to import; the command line answers `--help` and interrupts before that.
+`_public.py` holds the public names and is imported when the first of them is used. Importing torch and transformers
+takes seconds; the command line answers `--help` and interrupts (Ctrl-C) without this wait.
 """
 
 import logging as _logging
@@ -29,7 +29,7 @@ _OUTSIDE = {
     "entropies": "bound.entropies",
     "top_logprobs": "bound.top_logprobs",
 }
-"""The places of the functions that texts call by name, so that the node imports none of them."""
+"""The places of the functions that texts call by name, so that `text/node.py` imports none of them."""
 
 
 def _find(place: str) -> _typing.Any:
@@ -44,7 +44,7 @@ _logging.getLogger(__name__).addHandler(_logging.NullHandler())  # silent unless
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Return a public name or a module of the package; both stay as attributes."""
+    """Return a public name or a module of the package; both become attributes on first use."""
     if name == "__all__" or not name.startswith("__"):
         if _find_spec(f"{__name__}.{name}") is not None:
             return _import_module(f"{__name__}.{name}")

@@ -1,8 +1,8 @@
 """Checks and conversions of arguments that public functions share.
 
 Each check raises an error that names the given value, the needed value and the next step, before any computation.
-Iterating over a table, a mapping or a set gives column names, keys or no order, so all three are refused where a
-sequence is needed.
+Iteration over a table gives the names of its columns, over a mapping its keys, and over a set elements without an
+order. So all three are refused where a sequence is needed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_encodable(string: str, name: str) -> None:
 
 
 def lone_surrogate(string: str) -> int | None:
-    """Return the position of the first lone surrogate: half of a UTF-16 pair, not a character, impossible to encode."""
+    """Return the position of the first lone surrogate, half of a UTF-16 pair, which cannot be encoded; None without."""
     try:
         _ = string.isascii() or string.encode()
     except UnicodeEncodeError as error:
@@ -111,12 +111,12 @@ def as_int(given: Any, name: str, *, at_least: int, error: type[ValueError] = Va
 
 
 def is_int(given: Any) -> bool:
-    """Return whether the value is a whole number, of Python or numpy; a bool is not."""
+    """Return whether the value is a whole number, of Python or numpy; a bool does not count."""
     return isinstance(given, Integral) and not isinstance(given, bool)
 
 
 def is_python_int(given: Any) -> bool:
-    """Return whether the value is a Python int; a bool and the elements of an array or a tensor are not."""
+    """Return whether the value is a Python int; a bool, or an element of an array or a tensor, does not count."""
     return isinstance(given, int) and not isinstance(given, bool)
 
 
@@ -126,10 +126,10 @@ def as_indices(given: Any, name: str, num_items: int | None = None) -> tuple[int
     Args:
         given: an int, a slice, ints in order, or None for all items.
         name: the argument's name, for messages.
-        num_items: the number of items; None if it is unknown, then ints stay as they are.
+        num_items: the number of items. If it is None (unknown), ints are returned unchanged.
 
     Raises:
-        ValueError: an index is not an int, or no item has it; or no indices are given.
+        ValueError: an index is not an int or is out of range, or no indices are given.
 
     """
     if num_items is not None and (given is None or isinstance(given, slice)):
@@ -196,13 +196,17 @@ def as_choice(given: Any, name: str, choices: Sequence[Choice], *, advice: str =
 
 
 def did_you_mean(given: str, choices: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the choice that is most like a name, or an empty string if none is like it."""
+    """Return " Did you mean 'x'?" for the choice most similar to `given`, or an empty string if none is similar."""
     close = difflib.get_close_matches(given, choices, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
-    """Return an array, a tensor, a series, or a sequence or nested sequences of finite numbers as an array of floats.
+    """Return finite numbers as an array of float64.
+
+    Args:
+        given: an array, a tensor, a series, a sequence of numbers, or nested sequences.
+        name: the argument's name, for messages.
 
     Raises:
         TypeError: the value is something else, or has elements that are not numbers.
@@ -211,7 +215,7 @@ def as_floats(given: Any, name: str) -> npt.NDArray[np.float64]:
     """
     needed = f"{name} must be numbers in order"
     if hasattr(given, "detach"):
-        given = given.detach().cpu().double().numpy()  # a tensor of torch; numpy does not know all its dtypes
+        given = given.detach().cpu().double().numpy()  # a torch tensor; numpy lacks some of its dtypes
     elif not hasattr(given, "__array__"):
         given = as_list(given, needed)
     try:

@@ -1,7 +1,7 @@
-"""Calls for asyncio: an `LM`'s calls in threads, which are answered together with those of other tasks.
+"""Calls for asyncio: an `LM`'s calls, made in threads; calls of several tasks are answered together.
 
-Keeps one pool of threads a process, made on first use. A cancelled task tells its thread: a waiting call is never
-computed, and a generation ends before its next step. A pass that already runs is finished.
+Each process has one pool of threads, created on first use. If a task is cancelled, its thread is told: a waiting call
+is never computed, and a generation ends before its next step. A pass that already runs is finished.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if hasattr(os, "register_at_fork"):  # missing on Windows, which has no fork
 
 
 async def in_thread(work: Callable[[], Result], *, on_cancel: Callable[[], object] | None = None) -> Result:
-    """Do `work` in a thread and return its result; `on_cancel`: done in a thread if the task is cancelled."""
+    """Return the result of `work`, run in a thread; if the task is cancelled, `on_cancel` is run in a thread."""
     task = asyncio.current_task()
     asked = Cancellation(None if task is None else ref(task))
     context = copy_context()
@@ -137,10 +137,10 @@ class AsyncStream:
 
 
 class Asynchronous:
-    """The calls of an `LM` for asyncio. Calls of tasks that wait at the same time share their passes."""
+    """The calls of an `LM` for asyncio. Calls that wait at the same time, of any task, share passes."""
 
     async def aevaluate(self: Evaluates, texts: Iterable[Text]) -> list[ModelRepr]:
-        """Evaluate texts in a thread; see `evaluate`. A cancelled task's texts are not computed any more."""
+        """Evaluate texts in a thread; see `evaluate`. The texts of a cancelled task are no longer computed."""
         return await in_thread(partial(self.evaluate, texts))
 
     async def atoken_logprobs(
@@ -150,9 +150,9 @@ class Asynchronous:
         return await in_thread(partial(self.token_logprobs, texts, starts))
 
     async def agenerate(self, texts: Text | Iterable[Text], *, max_new_tokens: int, **options: Any) -> Any:
-        """Let the model continue texts of this `LM`, in a thread; see `backprompt.generate`.
+        """Return texts of this `LM` continued by the model, in a thread; see `backprompt.generate`.
 
-        If the task is cancelled, the generation ends before its next step, and none of its results is held.
+        If the task is cancelled, the generation ends before its next step, and none of its results is kept in memory.
         """
         return await in_thread(partial(outside("generate"), texts, max_new_tokens=max_new_tokens, **options))
 

@@ -25,7 +25,7 @@ def evaluate(texts: Iterable[Text], *, show_progress_bar: bool | None = None) ->
 
 
 def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = None) -> ModelRepr | list[ModelRepr]:
-    """Evaluate a text, or many texts with one plan for all of them.
+    """Evaluate a text, or many texts with one plan for all of them, and return their representations.
 
     Each distinct token that is not cached is forwarded exactly once. Texts of several `LM` objects are evaluated one
     `LM` at a time.
@@ -35,7 +35,7 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
         show_progress_bar: by default a bar shows on a terminal if evaluation takes several passes and over two seconds.
 
     Returns:
-        A `ModelRepr` for a text, or a list of them in the order of `texts`.
+        A `ModelRepr` for one text, or a list of `ModelRepr` in the order of `texts`.
 
     Raises:
         See `LM.evaluate`.
@@ -75,7 +75,7 @@ def one_lm(texts: Sequence[Text]) -> LM:
 
 
 def bound_lm(text: Text, what: str) -> LM:
-    """Return the `LM` of a text; `what` names the result that needs it.
+    """Return the `LM` of a text; `what` names the result that needs the `LM`, for the error.
 
     Raises:
         UnboundTextError: the text has no `LM`.

@@ -1,7 +1,7 @@
-"""The errors of backprompt: one small family, each also a built-in kind.
+"""The errors of backprompt: subclasses of `BackpromptError`, each also a subclass of a built-in error.
 
 Every message names the given value, the needed value and the next step. `except BackpromptError` catches all of
-them; `except ValueError` and the like keep working for callers who do not know this library.
+them. Callers who do not know this library catch them with `except ValueError` and the like.
 """
 
 from backprompt.visible import visible_lines
@@ -16,7 +16,7 @@ class BackpromptError(Exception):
 
 
 class TextTypeError(BackpromptError, TypeError):
-    """A value is neither a `str` nor a `Text`, or not a sequence, where one is needed."""
+    """A value has the wrong type where a `str`, a `Text` or a sequence is needed."""
 
 
 class MixedModelsError(BackpromptError, ValueError):
@@ -36,7 +36,7 @@ class TextTooLongError(BackpromptError, ValueError):
 
 
 class TokenIdError(BackpromptError, IndexError):
-    """A token id that the model's embedding does not have, or that stands for an image or a sound."""
+    """A token id is not in the model's embedding, or stands for an image or a sound."""
 
 
 class TokenizerError(BackpromptError, ValueError):
@@ -56,7 +56,7 @@ class UnsupportedModelError(BackpromptError, NotImplementedError):
 
 
 class AdapterError(BackpromptError, ValueError):
-    """A segment names an adapter that the model does not have, or that cannot be on for some tokens only."""
+    """A segment names an adapter that the model does not have, or that cannot be active for some tokens only."""
 
 
 class NonFiniteError(BackpromptError, ArithmeticError):
@@ -72,13 +72,13 @@ class GenerationError(BackpromptError, ValueError):
 
 
 class MemoryBudgetError(BackpromptError, MemoryError):
-    """A text to be held does not fit the `LM`'s `memory_bytes`."""
+    """The pinned texts together do not fit the `LM`'s `memory_bytes`."""
 
 
 class DamagedEntryError(BackpromptError, ValueError):
-    """An entry differs from the one that was written, or is not a valid entry.
+    """An entry of a store differs from the one that was written, or is not a valid entry.
 
-    Stores catch this error on reading: the entry is reported and set aside, and evaluation goes on.
+    Stores catch this error on reading: the entry is reported and set aside, and evaluation continues.
     """
 
 

@@ -63,13 +63,13 @@ _held: list[Forkable] = []  # held by the thread that holds `_fork_lock`
 
 
 def watch_lm(lm: Forkable) -> None:
-    """Let forking wait for `lm`, for as long as `lm` lives, before any store."""
+    """Make each fork wait for `lm` before it waits for any store, for as long as `lm` lives."""
     with _watch_lock:
         _lms.add(lm)
 
 
 def watch_store(store: Forkable) -> None:
-    """Let forking wait for `store`, for as long as `store` lives."""
+    """Make each fork wait for `store`, for as long as `store` lives."""
     with _watch_lock:
         stores.add(store)
 
@@ -77,7 +77,7 @@ def watch_store(store: Forkable) -> None:
 def before_fork() -> None:
     """Wait until no `LM` and no store is in the middle of a change; called by `os.fork`."""
     _fork_lock.acquire()
-    with _watch_lock:  # released before waiting for others, which may be about to add an owner
+    with _watch_lock:  # released before waiting: another thread may be about to add an owner
         owners = (*_lms, *stores)
     for owner in owners:
         owner.before_fork()

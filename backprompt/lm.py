@@ -65,18 +65,18 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
             devices, the one with the least). Results beyond the budget are dropped, and computed again on demand.
         host_memory_bytes: a second budget, in host memory: results beyond the first budget move there instead, and back
             on demand. By default a quarter of the free host memory, and 0 for a model that lies in host memory itself.
-        pin_memory: take page-locked host memory for the second budget, for faster transfers; for models on CUDA.
+        pin_memory: use page-locked host memory for the second budget, for faster transfers; for models on CUDA.
         max_tokens_per_forward: the largest number of tokens in one packed pass; by default chosen by device: on CUDA as
             many as fit a share of the free memory, from 2,048 to 32,768.
-        store: a store of representations, the path of its folder, created if missing, or a URL such as
-            "s3://bucket/prompts" (see `ObjectStore`). Stored results are not computed again; new results are stored
+        store: a store of representations, the path of a store's folder (created if missing), or a URL such as
+            "s3://bucket/prompts" (see `ObjectStore`). Stored results are not computed again. New results are stored
             according to the store's `persist` ("always" for a path and a URL).
         beyond_trained_length: allow texts that are longer than a rotary model was trained for.
         pack_weights: on the CPU, hold a second copy of the weights of all linear layers, in the order in which they are
             multiplied. The copy takes as many bytes as those weights (`lm.stats.packed_weight_bytes`; 494 MB for GPT-2)
             and makes passes faster, above all passes of few tokens, as in generation. For weights in float32 or
-            bfloat16. On CUDA the output head's weight is copied without this option, if the model is in half precision,
-            its vocabulary is no multiple of 8, and the copy takes at most a third of its bytes.
+            bfloat16. On CUDA the output head's weight is copied even without this option if the model is in half
+            precision, its vocabulary is no multiple of 8, and the copy takes at most a third of its bytes.
     Raises:
         ValueError, TypeError: an option has an invalid value.
         UnsupportedModelError: the model cannot be evaluated exactly, or its weights cannot be packed; the message names
@@ -168,16 +168,16 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
     def fingerprint(self) -> str:
         """SHA-256, as hex, of the model's weights, configuration, adapters and dtype, and of the tokenizer.
 
-        The root of all keys. The first use, and the first use after a change, hashes every weight. The fingerprint of a
-        model from `load` is kept between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt` in the user's cache
-        directory.
+        All keys of results derive from this hash. The first use, and the first use after a change, hashes every weight.
+        For a model from `load` the fingerprint is kept between processes, in `$BACKPROMPT_CACHE_HOME` or `backprompt`
+        in the user's cache directory.
         """
         with self._session.exclusive():
             self._session.current()
             return self._session.fingerprint.root().key.hex()
 
     def evaluate(self, texts: Iterable[Text], *, show_progress_bar: bool | None = None) -> list[ModelRepr]:
-        """Compute the missing parts of texts in as few packed passes as possible; return a `ModelRepr` for each text.
+        """Return a `ModelRepr` for each text; missing parts are computed in as few packed passes as possible.
 
         Args:
             texts: texts of this `LM`.
@@ -199,11 +199,11 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
         return [ModelRepr(self._session, evaluated) for evaluated in found]
 
     def representation(self, text: Text) -> ModelRepr:
-        """Return the representation of a text, as `evaluate` does; for a held text no evaluation is counted."""
+        """Return the representation of a text, as `evaluate` does; if it is in memory, no evaluation is counted."""
         return ModelRepr(self._session, self._session.read(text))
 
     def result(self, text: Text, name: Result) -> torch.Tensor:
-        """Return a result of a text's representation; for a held text the lock is taken once."""
+        """Return a result of a text's representation; if it is in memory, the lock is taken only once."""
         return result(self._session, text, name)
 
     def token_logprobs(
@@ -213,7 +213,7 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
         *,
         show_progress_bar: bool | None = None,
     ) -> list[torch.Tensor]:
-        """Evaluate texts and return the log-probabilities of their tokens, from `starts[i]` on in text i.
+        """Evaluate texts and return the log-probabilities of their tokens; in text i those from `starts[i]` on.
 
             lm.token_logprobs([prompt + " Paris", prompt + " Lyon"], [prompt, prompt])
 
@@ -230,8 +230,8 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
 
         Returns:
             A tensor for each text, `(tokens - start,)`, nats, float64 for a model in float64 and else float32; nan for
-            the first token of a text, which has no prediction. The tensors are views of one tensor, which lives as
-            long as any of them: `.clone()` a result that you keep or pickle by itself.
+            the first token of a text, which has no prediction. The tensors are views of one tensor, whose memory is
+            kept as long as any view: `.clone()` a result that you keep or pickle by itself.
 
         Raises:
             ValueError: `starts` has another length than `texts`, a start is negative or beyond its text's end, or the
@@ -301,7 +301,7 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
         temperature: float = 1.0,
         show_progress_bar: bool | None = None,
     ) -> TopLogprobs:
-        """Evaluate texts and return the `k` most probable tokens at the position of each of their tokens.
+        """Evaluate texts and return the `k` most probable tokens at each token's position.
 
         Args:
             texts, starts, show_progress_bar: see `token_logprobs`.
@@ -419,7 +419,7 @@ class LM(Engine[Text], Asynchronous, ReadsAttention):
         `fingerprint` no hash exists to compare with, and all results are dropped.
 
         Args:
-            compare: False drops all results at once, without reading the weights, because they surely changed, as after
+            compare: False drops all results without reading the weights: for weights that have surely changed, as after
                 a step of training. Settings of modules must be unchanged.
 
         """

@@ -44,24 +44,24 @@ def load(
     model_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> LM:
-    """Load a causal LM and its tokenizer by hub id or local path.
+    """Return an `LM`: a causal language model with its tokenizer, loaded by hub id or local path.
 
-    A hub that does not answer is not asked a second time; only earlier downloads are then searched.
+    If the hub does not answer, no second request is sent; then only earlier downloads are searched.
 
     Args:
         name: a name or path for `from_pretrained` of transformers.
         device: "cuda", "mps", "cpu" ...; by default the first of these that is available.
         dtype: the dtype of the weights; by default float32 on the CPU and the checkpoint's own elsewhere. The old name
             of transformers, `torch_dtype`, is the same.
-        weights: quantizes the linear layers, except the output head, after loading, with torchao, which must be
-            installed. "int8" quantizes their weights to 8 bits. "int8-dynamic" quantizes their inputs as well: faster
-            on the CPU and less exact, as packed passes and plain calls differ by the rounding of inputs. All else has
+        weights: how the linear layers, except the output head, are quantized after loading. This needs torchao. "int8"
+            quantizes their weights to 8 bits. "int8-dynamic" quantizes their inputs as well: faster on the CPU, but
+            less exact, as packed passes and plain calls differ by the rounding of inputs. All other weights have
             `dtype`.
         show_progress_bar: False hides the bars of transformers; by default the setting of transformers decides.
         model_kwargs: any arguments for `from_pretrained` of the model.
-        **options: options of `LM`; and these arguments of `from_pretrained` by name: `device_map` in place of `device`,
+        **options: options of `LM`, and these arguments of `from_pretrained`: `device_map` in place of `device`,
             `quantization_config` in place of `weights`, `attn_implementation`, `config`, `key_mapping`, `max_memory`,
-            `offload_buffers`, `offload_folder`, `use_safetensors`, `variant`, and for the tokenizer as well
+            `offload_buffers`, `offload_folder`, `use_safetensors`, `variant`; and these for model and tokenizer:
             `trust_remote_code`, `revision`, `code_revision`, `token`, `cache_dir`, `local_files_only`,
             `force_download`, `subfolder`, `gguf_file`.
 
@@ -122,7 +122,7 @@ def _check_names(lm_options: Mapping[str, Any]) -> None:
 
 
 def _one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> torch.dtype | str | None:
-    """Return the dtype under either of its names, and take the old one out of the options."""
+    """Return the dtype, given under its new or its old name; the old name is removed from the options."""
     old: torch.dtype | str | None = options.pop("torch_dtype", None)
     if dtype is not None and old is not None:
         raise TypeError("torch_dtype is the old name of dtype, and both were given: leave out torch_dtype.")
@@ -144,7 +144,7 @@ def _check_weights(weights: object, given: Mapping[str, Any]) -> None:
 
 
 def _chosen_device(device: str | torch.device | None, given: Mapping[str, Any]) -> torch.device:
-    """Return the device of the weights; of a model that is spread, the first device other than the CPU, if any.
+    """Return the device of the weights; for a model on several devices, the first one that is not the CPU, if any.
 
     Raises:
         TypeError, ValueError: a device is not available, or both `device` and `device_map` are given.

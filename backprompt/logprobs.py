@@ -21,7 +21,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each token's log-probability, whether its row has any, and whether the token is its row's argmax.
+    """Return each token's log-probability, whether its row is a distribution, and whether it is its row's argmax.
 
     Args:
         logits: `(rows, vocab)`.
@@ -29,7 +29,7 @@ def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, T
         token_ids: `(tokens,)`.
 
     Returns:
-        `(tokens,)` each. The argmax is found in float32, the first of equal values.
+        Three tensors, each `(tokens,)`. The argmax is found in float32; of equal values, the first is the argmax.
 
     """
     values = logits.to(logprob_dtype(logits.dtype))
@@ -45,9 +45,10 @@ def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, T
 
 
 def _are_argmax(values: Tensor, largest: Tensor, row_idx: Tensor, token_ids: Tensor) -> Tensor:
-    """Return whether each token has the first of the largest values of its row, `largest`.
+    """Return whether each token is the argmax of its row: the first value that equals the row's maximum, `largest`.
 
-    On the CPU an argmax takes eight times as long as a maximum, and few tokens have the largest value.
+    On the CPU an argmax takes eight times as long as a maximum, so it is computed only for tokens whose value is the
+    maximum, which are few.
     """
     is_largest = values[row_idx, token_ids] == largest[row_idx]
     rows, idx = torch.unique_consecutive(row_idx[is_largest], return_inverse=True)

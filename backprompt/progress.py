@@ -2,7 +2,7 @@
 
 By default a bar shows only if standard error is a terminal: in the log of a job a bar would be noise.
 
-Public functions take the caller's wish as `show_progress_bar`; code several modules below reads that wish from here.
+Public functions take the caller's wish as `show_progress_bar` and set it with `showing`; `progress_bar` reads it.
 `TQDM_DISABLE=1` in the environment hides every bar (tqdm 4.66 or newer), including those of properties such as
 `text.logits`.
 """
@@ -62,7 +62,7 @@ def showing(show: bool | None) -> Iterator[None]:
     """Show bars at once (True) or never (False) while the context lasts; None leaves the setting unchanged.
 
     Raises:
-        ValueError: `show` is not one of the three.
+        ValueError: `show` is neither True, False nor None.
 
     """
     check_show(show)
@@ -91,7 +91,7 @@ def is_wanted(show: bool | None, *, is_long: bool) -> bool:
 
 
 def is_terminal() -> bool:
-    """Return whether a person can see standard error: on a terminal, or in a notebook, which has no terminal."""
+    """Return whether a person sees standard error: it is a terminal, or belongs to a notebook."""
     is_notebook = type(sys.stderr).__module__.startswith("ipykernel.")
     return sys.stderr is not None and (sys.stderr.isatty() or is_notebook)
 

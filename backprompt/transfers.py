@@ -1,4 +1,4 @@
-"""From the host to a device, without waiting for the device."""
+"""Copies from the host to a device that do not wait for the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 def copy_to(target: Tensor, values: npt.NDArray[Any]) -> None:
-    """Copy an array over the beginning of a tensor of one axis, without waiting."""
+    """Copy an array into the beginning of a tensor with one axis, without waiting."""
     source = torch.from_numpy(np.ascontiguousarray(values))
     if target.device.type == "cuda":
         source = source.pin_memory()

@@ -23,7 +23,7 @@ _BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"  
 
 
 def visible(string: str) -> str:
-    """Return a string in which invisible characters, and those that change how others are shown, are visible."""
+    """Return a string with visible replacements for characters that are invisible or change how others are shown."""
     if string.isascii() and string.isprintable():
         return string
     return "".join(map(_visible_character, string, f" {string}"))
@@ -35,7 +35,7 @@ def visible_lines(string: str) -> str:
 
 
 def visible_json(text: str) -> str:
-    r"""Return JSON with the same meaning, with hidden characters as \u escapes."""
+    r"""Return JSON with hidden characters as \u escapes; the meaning stays the same."""
     return re.sub(r"[^ -~\t\r\n]", lambda found: _escape(found[0]) if _is_hidden(found[0]) else found[0], text)
 
 
@@ -70,7 +70,7 @@ def _is_shaped(before: str, character: str) -> bool:
 
 
 def abbreviated(given: object) -> str:
-    """Return a given value as errors show it."""
+    """Return the `repr` of a value, in ASCII for a string, shortened for an error message."""
     return shortened(ascii(given) if isinstance(given, str) else repr(given), _GIVEN_CHARACTERS)
 
 

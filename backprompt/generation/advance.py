@@ -1,7 +1,7 @@
 """Advancing: the next token of every live text of several runs, forwarded in one pass, and the logits behind it.
 
-A run is continued by its own thread, but its step may be done along with steps of other threads' runs. So advancing
-computes, and leaves runs unchanged. The run takes its results, and chooses its tokens itself.
+A run is continued by its own thread, but its step may be done along with steps of other threads' runs. So `advance`
+only computes, and changes no run. Each run takes its results, and chooses its tokens itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from backprompt.tokens.graph import TokenIds, with_more
 
 
 class Advancing(Protocol):
-    """A run whose live texts go on with one token each."""
+    """A run whose live texts are continued with one token each."""
 
     @property
     def live(self) -> Sequence[Live]:
@@ -32,7 +32,7 @@ class Advancing(Protocol):
 
     @property
     def num_steps(self) -> int:
-        """The number of steps that were done."""
+        """The number of steps done so far."""
 
     def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that begin now."""
@@ -46,10 +46,10 @@ class Advance:
         num_steps: the number of steps that the run had done before.
         tokens: the next token of each live text.
         grown: for each live text the end of its continuation with the next token, and the position behind the end.
-        are_inserted: whether these ends are new spans, which have not absorbed those before them.
-        begun: the ends of the texts that begin.
-        rows: for each text, live ones and then those that begin, the row of its logits.
-        logits: behind the texts of all runs.
+        are_inserted: whether these ends are new spans, which have not absorbed the spans before them.
+        begun: the ends of the texts that begin now.
+        rows: the row of logits of each text: first the live texts, then the texts that begin now.
+        logits: the logits behind the texts of all runs.
 
     """
 
@@ -64,7 +64,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class _Grown:
-    """The ends of live texts with their next tokens, distinct ones with their hidden states, `(ends, hidden)`."""
+    """The ends of live texts with their next tokens, and the distinct ends with hidden states, `(ends, hidden)`."""
 
     ends: Sequence[Span]
     distinct: Sequence[Span]
@@ -73,10 +73,10 @@ class _Grown:
 
 
 def advance(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice]]]) -> list[Advance]:
-    """Forward the next token of every live text, begin waiting texts, and read the logits behind all of them.
+    """Forward the next token of every live text, begin waiting texts, and return the logits behind all of them.
 
     Args:
-        evaluator: computes.
+        evaluator: the evaluator of all runs.
         runs: each run with the next tokens of its live texts.
 
     Raises:
@@ -108,7 +108,7 @@ def advance(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choic
 
 
 def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice]]]) -> _Grown:
-    """Forward the next token of every live text: in place where all of them can, else behind new spans."""
+    """Forward the next token of every live text: in place if all texts can grow in place, else as new spans."""
     texts = [text for run, own in runs for text in zip(run.live, own, strict=True)]
     if not texts:
         return _Grown([], [], [], are_inserted=False)

@@ -1,8 +1,8 @@
 """Beam search of one text: the rules of transformers, over branches of the forest.
 
-Scores, penalties and the end of the search are transformers' own functions, called in the order of its `_beam_search`.
-Only the logits come from elsewhere. Beams are continuations of one text, so beams with a common beginning share its
-spans, and a discarded beam is a branch that is dropped. Ids and scores are reordered with the beams, as in
+Scores, penalties and the end of the search are computed by transformers' own functions, called in the order of its
+`_beam_search`. Only the logits are our own. Beams are continuations of one text, so beams with a common beginning share
+its spans, and a discarded beam is a branch that is dropped. Ids and scores are reordered with the beams, as in
 transformers; keys and values are not.
 """
 
@@ -25,11 +25,11 @@ from backprompt.logprobs import log_softmax
 from backprompt.tokens.matching import Allowed, Matching
 
 UNREACHABLE = -1e9
-"""transformers' score of a place without a beam."""
+"""The score that transformers gives to a place without a beam."""
 
 
 def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
-    """Continue the beams of each text, for as long as there are logits after all of them.
+    """Continue the beams of each text as long as there are logits after all of its beams.
 
     Args:
         texts: beam searches with the same options.
@@ -77,7 +77,7 @@ class BeamDecoding:
     Args:
         decoding: the options.
         prompt_ids: the text's ids.
-        matching: the place of the text in the language of its constraint, if it has one.
+        matching: tells the tokens that the text's constraint allows; None without a constraint.
 
     """
 
@@ -90,19 +90,19 @@ class BeamDecoding:
         self.num_beams = decoding.num_beams
         self._is_begun = False
         self._num_ids = len(prompt_ids)
-        # Of the beams, and of the finished ones: ids, with room for all tokens to come; scores; the beam that each
-        # token came from (-1: no token). All but the last two tensors are `(1, beams, ...)`, as in transformers.
+        # Of the beams, and of the finished beams: ids, with room for all later tokens; scores; the beam that each token
+        # came from (-1: no token). All but the last two tensors are `(1, beams, ...)`, as in transformers.
         self._sequences = self._scores = self._indices = torch.empty(0)
         self._ended = self._ended_scores = self._ended_indices = self._is_ended = torch.empty(0)
-        self._can_improve = torch.empty(0)  # (1, 1), whether a beam may still become better than the finished ones
+        self._can_improve = torch.empty(0)  # (1, 1), whether a beam may still become better than the finished beams
         self._is_top = torch.empty(0)  # (candidates,), whether a candidate may be finished
-        self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of finished ones
+        self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of finished beams
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # `_choices` one step before
         self._hypotheses: list[Completion] = []
         self._watched = {(): decoding.stops.begin(prompt_ids)}  # the latest candidates, the beams among them
         self.beams: list[Completion] = [()] * self.num_beams
         """The completion of each beam; at first all are empty."""
-        self._possible: list[Completion] = [()]  # the beams, without those of score -inf that fill up the number
+        self._possible: list[Completion] = [()]  # the beams, without the fillers of score -inf
         self.ahead: list[Completion] = [()]
         self.is_finished = False
 
@@ -130,7 +130,7 @@ class BeamDecoding:
         return None if self._matching is None else list(map(self._matching.allowed, self.beams))
 
     def look_ahead(self) -> None:
-        """Add to `ahead` the tokens that the constraint forces behind the beams, if it forces some behind each."""
+        """Add to `ahead` the tokens that the constraint forces behind the beams, if it forces tokens behind each."""
         if self._matching is None or self.is_finished:
             return
         num_left = min(self._decoding.max_new_tokens - self.num_new - 1, MAX_FORCED)
@@ -143,8 +143,8 @@ class BeamDecoding:
         """Find the next beams.
 
         Args:
-            accumulated: the scores of the beams with each token behind them, `(1, beams * vocab)`.
-            logprobs: the log-probability of each token behind each beam, `(beams, vocab)`.
+            accumulated: the score of each beam with each token behind the beam, `(1, beams * vocab)`.
+            logprobs: the log-probability of each token behind each beam, `(beams, vocab)`, nats.
             constrained: the same among the tokens that the constraint allows.
             most_probable: the token with the largest logit behind each beam.
 
@@ -208,7 +208,7 @@ class BeamDecoding:
             self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
 
     def needed(self) -> set[Completion]:
-        """Return the continuations to keep: live beams and finished ones, each without its last token."""
+        """Return the continuations to keep: live and finished beams, each without its last token."""
         going_on = [] if self.is_finished else self.ahead
         return {ids[:-1] for ids in (*going_on, *self._hypotheses)}
 
@@ -218,7 +218,7 @@ class BeamDecoding:
         return choices[-1].score if choices else None
 
     def found(self, num: int) -> list[Found]:
-        """Return the best continuations, finished ones first."""
+        """Return the `num` best continuations, finished ones first."""
         ranked = list(dict.fromkeys((*self._hypotheses, *self._possible)))[:num]
         return [self._found(ids) for ids in ranked]
 
@@ -273,7 +273,7 @@ class BeamDecoding:
         self._is_begun = True
 
     def _note(self, logprobs: Tensor, constrained: Tensor, most_probable: Sequence[int]) -> None:
-        """Note the beams, the finished ones, and the scores of their last tokens."""
+        """Note the beams, the finished beams, and the scores of their last tokens."""
         row_of = {beam: row for row, beam in reversed(list(enumerate(self.beams)))}  # of the beams that were continued
         added = self._sequences[0, :, len(self._prompt_ids) : self._num_ids].tolist()
         self.beams = list(map(tuple, added))

@@ -1,11 +1,11 @@
 """Conversations: the model's chat template as a text whose segments are the messages.
 
-A prefix-stable template, which only ever appends, lets a conversation continue where it stopped: the spans of its first
-turns serve all conversations that begin with them. A generated reply goes in as the token ids that the model generated,
-and a text or group in a message keeps its segments.
+A prefix-stable template only appends when messages are added. So the spans of the first turns are reused for all
+conversations that begin with these turns. A generated reply is inserted as the token ids that the model generated, and
+a text or group in a message keeps its segments.
 
-Turns and texts are located in the rendered messages. A turn ends where its messages, rendered without later ones, end.
-A text stands where the template writes a placeholder that is put in the text's place.
+Turns and texts are located in the rendered messages. The messages up to a turn, rendered without later ones, show the
+end of the turn. A placeholder, rendered in place of a text, shows the place of the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from backprompt.visible import shortened, visible
 from backprompt.warn import warn_caller
 
 Rendered: TypeAlias = "str | tuple[int, ...]"
-"""Messages as rendered by a template: a string, or ids where the tokenizer renders nothing else."""
+"""Messages as rendered by a template: a string, or ids if the tokenizer renders only ids."""
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ _DECIDED_HERE = frozenset(
         "truncation",
     }
 )
-"""Arguments of `apply_chat_template` for handling the rendered string."""
+"""Arguments of `apply_chat_template` that `chat` refuses: they are no options of the template."""
 
 _MEDIA = ("image", "video", "audio")
 
@@ -61,7 +61,7 @@ def chat(
     continue_final_message: bool | str = False,
     **template_options: Any,
 ) -> Text:
-    """Return a conversation as a text, each message a segment, ready for `generate` where the model's turn is next.
+    """Return a conversation as a text, each message a segment; if the model's turn is next, `generate` continues it.
 
         reply = chat(lm, messages).generate(max_new_tokens=100)
         messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": "And then?"}]
@@ -83,15 +83,15 @@ def chat(
 
     Raises:
         TokenizerError: the tokenizer has no chat template; the template refuses the messages, or changes a content with
-            groups or ids in it; an option decides the kind of result of `apply_chat_template`.
+            groups or ids in it; an option decides the form of the result of `apply_chat_template`.
         TextTypeError: a message is not such a dict, or its content holds something other than text.
         MixedModelsError: a content is a text of another `LM`.
         ValueError: `add_generation_prompt` is neither True nor False, or `continue_final_message` is neither a bool nor
             a string.
 
     Warns:
-        UserWarning: the template writes an earlier turn differently when others follow, so that turn and all later ones
-            are computed again with each new turn; the message names the turn.
+        UserWarning: the template writes an earlier turn differently when other turns follow. So this turn and all later
+            ones are computed again with each new turn; the message names the turn.
 
     """
     lm = as_lm(lm)
@@ -133,13 +133,13 @@ class _Template:
         tokenizer = lm.tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None) or options.get("chat_template"))
         own = getattr(type(tokenizer), "apply_chat_template", PreTrainedTokenizerBase.apply_chat_template)
-        # Such as MistralCommonBackend, which has no template and renders ids that no string is encoded as.
+        # Such as MistralCommonBackend, which has no template and renders ids that no string has.
         self.renders_ids = not has_template and own is not PreTrainedTokenizerBase.apply_chat_template
         if not has_template and not self.renders_ids:
             raise TokenizerError("The tokenizer has no chat template. Write the conversation with + instead.")
 
     def render(self, messages: Sequence[Message], **ending: Any) -> Rendered:
-        """Return messages as rendered; their contents are strings.
+        """Return messages, whose contents are strings, as rendered.
 
         Raises:
             TokenizerError: the template refuses the messages.
@@ -158,7 +158,7 @@ class _Template:
         return rendered
 
     def beginning(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered | None:
-        """Return the first messages as rendered; None if the template does not take them alone."""
+        """Return the first messages as rendered; None if the template refuses them without later ones."""
         try:
             return self.render(messages, add_generation_prompt=add_generation_prompt)
         except TokenizerError:
@@ -190,7 +190,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True)
 class _Place:
-    """A text within rendered messages, in place of the part from `start` to `stop`."""
+    """A text in rendered messages, in place of the part from `start` to `stop`."""
 
     start: int
     stop: int
@@ -232,7 +232,7 @@ class _Conversation:
         return text
 
     def _ends_of_turns(self) -> Iterator[int]:
-        """Yield the ends of turns; a turn that is written differently alone ends with the next turn that is not."""
+        """Yield the ends of turns. A turn that is written differently without later ones is joined with the next."""
         for idx, message in enumerate(self._messages):
             beginning = self._template.beginning(self._plain[: idx + 1], add_generation_prompt=False)
             if beginning is None:
@@ -260,7 +260,7 @@ class _Conversation:
                 yield from self._places_in(idx)
 
     def _place_of_reply(self, idx: int, reply: ContinuedText) -> Iterator[_Place]:
-        """Yield the place of generated ids behind the beginning of the model's turn, if the template writes them there.
+        """Yield the place of generated ids if the template writes them behind the beginning of the model's turn.
 
         Otherwise the turn keeps its string.
         """
@@ -285,10 +285,10 @@ class _Conversation:
         yield _Place(len(before), stop, text)
 
     def _places_in(self, idx: int) -> list[_Place]:
-        """Return the places of the texts in a content; texts of strings only may also stand there as strings.
+        """Return the places of the texts in a content; a text of strings only may be left out, as its string is there.
 
         Raises:
-            TokenizerError: the template does not write the other texts as they are.
+            TokenizerError: the template does not write the other texts unchanged.
 
         """
         everything = range(len(self._texts[idx]))
@@ -309,9 +309,9 @@ class _Conversation:
         )
 
     def _found(self, idx: int, numbers: Sequence[int]) -> list[_Place] | None:
-        """Return the places of some texts of a content, or None if the template does not write them as they are.
+        """Return the places of some texts of a content, or None if the template does not write them unchanged.
 
-        A placeholder stands for each text. The template must write the other parts as it does with the texts' strings.
+        A placeholder is rendered for each text. The other parts must be the same as with the texts' strings.
         """
         if not numbers:
             return []
@@ -350,7 +350,7 @@ def _begins(whole: Rendered, beginning: Rendered) -> bool:
 
 
 def _placeholders(count: int, whole: str) -> list[str]:
-    """Return `count` words that occur neither in `whole` nor in each other."""
+    """Return `count` different words; none occurs in `whole` or in another word."""
     salt = 0
     while f"Placeholder{salt}x" in whole:
         salt += 1
@@ -395,9 +395,9 @@ def _texts_in(content: object) -> Iterator[Text]:
 
 
 def _filled(message: Message, strings: Sequence[str]) -> Message:
-    """Return a message as templates take it, with strings in the places of its texts.
+    """Return a message as templates take it, with strings in place of its texts.
 
-    Strings and texts side by side become one string. Among dicts each becomes a part.
+    A list of strings and texts becomes one string. In a list with dicts, each of its elements becomes a dict.
     """
     content, left = message.get("content"), iter(strings)
     if isinstance(content, Text):
@@ -416,9 +416,9 @@ def _filled_part(part: Any, left: Iterator[str]) -> Mapping[str, Any]:
 
 
 def _own(lm: LM, text: Text) -> Text:
-    """Return the text to put into a message: of a continued text, the ids and string of `completion`.
+    """Return the text to put into a message: for a continued text, the ids and the string of `completion`.
 
-    The completion has no special tokens: an end token would end the message that quotes it.
+    Special tokens are left out: an end token would end the message that quotes the completion.
     """
     if not isinstance(text, ContinuedText):
         return text
@@ -437,7 +437,7 @@ def _num_before_end_tokens(lm: LM, reply: ContinuedText) -> int:
 
 
 def _string(lm: LM, text: Text) -> str:
-    """Return the string of a text in a message; the text is of the same LM or of none."""
+    """Return the string of a text in a message; the text belongs to this LM or to none."""
     bound = Text("", lm) + text
     return text.completion if isinstance(text, ContinuedText) else bound.string
 

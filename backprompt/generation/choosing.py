@@ -1,10 +1,10 @@
 """The choice of the next tokens of many texts at once, from the rows of one tensor of scores.
 
-The processors of transformers are called in their order, each for all rows at once that it treats alike. `_LOOKS_AT`
-names the inputs of a kind of processor besides a row of scores. A kind that is not named there may have any input, so
-it is called for the rows of one text at a time. The masks of all constraints are applied together. Each
-text has its own random numbers, those that `torch.multinomial` draws for its row alone. One transfer reads the results
-of all texts, and all are checked before a token is added to any text.
+The processors of transformers are called in their order. A processor is called once for all rows that it treats alike.
+`_LOOKS_AT` names the inputs of a kind of processor besides a row of scores. A kind that is not named there may have any
+input, so its processors are called for the rows of one text at a time. The masks of all constraints are applied
+together. Each text has its own random numbers, equal to those that `torch.multinomial` draws for its row alone. One
+transfer reads the results of all texts, and all results are checked before a token is added to any text.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from backprompt.logprobs import log_softmax
 from backprompt.tokens.matching import Allowed
 
 NOISE_BYTES = 4 << 20
-"""The number of random numbers made at a time, which fit the processor's cache."""
+"""The bytes of random numbers that are drawn at a time, so that they fit the processor's cache."""
 
 MAX_SHARE_PICKED = 1 / 8
-"""The largest share of the numbers of rows that are picked out to be computed alone."""
+"""The largest share of positive numbers in the rows for which only the positive numbers are computed."""
 
 _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     **dict.fromkeys(
@@ -61,9 +61,9 @@ _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     ),
     kinds.SuppressTokensAtBeginLogitsProcessor: lambda processor, num_ids: num_ids == processor.begin_index,
 }
-"""The inputs of a processor besides a row of scores, by the number of ids so far.
+"""For each kind of processor, a function that returns its inputs besides a row of scores, given the number of ids.
 
-Texts have processors of the same options, so processors with the same inputs do the same to a row.
+All texts have processors with the same options, so processors with the same inputs change a row in the same way.
 """
 
 
@@ -88,7 +88,7 @@ class Ruled(Protocol):
 
 @dataclass(frozen=True)
 class Logits:
-    """Rows of logits in slices `(rows, vocab)`, as the head computed them: all but the last have `slice_rows` rows."""
+    """Rows of logits, in slices as the head computed them: `(slice_rows, vocab)` each, the last one maybe shorter."""
 
     slices: Sequence[Tensor]
     slice_rows: int
@@ -105,7 +105,7 @@ class Logits:
 
 
 def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
-    """Choose the next tokens of each text, for as long as there are logits after its completion.
+    """Choose the next tokens of each text as long as there are logits after its completion.
 
     Args:
         texts: texts with the same options.
@@ -113,7 +113,7 @@ def choose(texts: Sequence[TextDecoding], rows: Sequence[Mapping[Completion, int
         logits: the logits of all texts.
 
     Raises:
-        GenerationError: the options leave no token to choose for a text; then no text gets a token by these rows.
+        GenerationError: the options leave no token to choose for a text; then these rows add no token to any text.
 
     """
     nums_before = [text.num_new for text in texts]
@@ -186,12 +186,12 @@ def constrained_logprobs(logits: Tensor, allowed: Tensor | None) -> Tensor | Non
 
 
 def processed(texts: Sequence[Ruled], scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return scores as changed by the processors of the options, in their order; the given tensor stays as it is.
+    """Return scores as the processors of the options change them, in order; the given tensor stays unchanged.
 
     Args:
         texts: texts with the same options.
         scores: `(rows, vocab)`, the same number of rows for each text, one text after the other.
-        allowed: which tokens constraints allow, `(rows, vocab)`; None without constraints.
+        allowed: which tokens the constraints allow, `(rows, vocab)`; None without constraints.
 
     """
     if not texts[0].rules.processors:
@@ -218,10 +218,10 @@ def processed(texts: Sequence[Ruled], scores: Tensor, allowed: Tensor | None) ->
 
 
 def _alike(processors: Sequence[Any], num_ids: Sequence[int]) -> Iterable[Sequence[int]]:
-    """Group texts, by their idx, whose processors of one place do the same to a row of scores.
+    """Return groups of texts, as indices, whose processors change a row of scores in the same way.
 
     Args:
-        processors: the processor of each text, all of one type.
+        processors: a processor of each text, all of one type.
         num_ids: the number of ids of each text so far.
 
     """
@@ -245,7 +245,7 @@ def _drawn(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         return torch.cat(
             [torch.multinomial(row, 1, generator=own)[0] for row, own in zip(rows, generators, strict=True)]
         )
-    # As torch.multinomial does for one sample, in ATen/native/Distributions.cpp: p / q with q exponential, argmax.
+    # torch.multinomial does the same for one sample (ATen/native/Distributions.cpp): argmax of p / q, q exponential.
     probabilities = scores.softmax(dim=-1)
     divide = _divide_quickly if scores.device.type == "cpu" and is_quick_the_same() else _divide
     divide(probabilities, generators)
@@ -263,7 +263,7 @@ def _divide(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
 def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
     """Divide rows as `_divide` does on the CPU: the same uniform numbers, and logarithms of many numbers at a time.
 
-    Where few numbers of the rows are more than 0, the others are left as they are.
+    If few numbers of the rows are above 0, only those are divided.
     """
     rows_at_a_time = max(1, NOISE_BYTES // (8 * rows.shape[1]))
     uniform = torch.empty((min(len(rows), rows_at_a_time), rows.shape[1]), dtype=torch.float64)
@@ -288,7 +288,7 @@ def _exponential(uniform: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def is_quick_the_same() -> bool:
-    """Return whether `_divide_quickly` gives the numbers of `_divide`, to the bit, here and with this torch."""
+    """Return whether `_divide_quickly` equals `_divide` to the bit, on this machine and with this torch."""
     full = torch.ones((2, 3000))
     sparse = torch.zeros((2, 3000))
     sparse[:, ::20] = 1

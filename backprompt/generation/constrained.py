@@ -1,7 +1,8 @@
 """Constraints of the texts of a call: checked, each distinct one compiled once.
 
-The mask stands where transformers puts processors that a caller gives it: behind penalties and processors that exclude
-tokens, and before temperature, top-k and the like. So those divide the probability among the allowed tokens.
+The mask stands where transformers puts a caller's own processors: behind penalties and processors that exclude tokens,
+and before temperature, top-k and the like. So temperature, top-k and the like divide the probability among the allowed
+tokens.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from backprompt.tokens.tokenizer import PrivateTokenizer
 from backprompt.visible import counted
 
 MAX_FORCED = 128
-"""The largest number of tokens without another choice that are forwarded in one pass."""
+"""The largest number of forced tokens (tokens without an alternative) that are forwarded in one pass."""
 
 
 class AllowedTokens(LogitsProcessor):
-    """The place of the mask among the processors of a text; `choosing.processed` applies it there to many texts."""
+    """Marks the place of the mask among a text's processors; `choosing.processed` applies the masks of many texts."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores as they are."""
+        """Return the scores unchanged."""
         return scores
 
 
@@ -50,7 +51,7 @@ class Constraints:
 
     @classmethod
     def of(cls, given: Sequence[Constraint | None], tokenizer: PrivateTokenizer) -> Constraints:
-        """Compile constraints, with the errors of `Vocabulary` and its `language`."""
+        """Return constraints, compiled; raises the errors of `Vocabulary` and of `Vocabulary.language`."""
         distinct = dict.fromkeys(constraint for constraint in given if constraint is not None)
         if not distinct:
             return UNCONSTRAINED
@@ -65,7 +66,7 @@ class Constraints:
         return Constraints(tuple(own for own in self.given for _ in range(num_each)), self.languages)
 
     def matching(self, text_idx: int, num_tokens: int, end_ids: Iterable[int]) -> Matching | None:
-        """Return the matching of a text, at its beginning; None for a text without a constraint."""
+        """Return the matching of a text at the beginning of its continuation; None for a text without a constraint."""
         constraint = self.given[text_idx] if self.given else None
         return None if constraint is None else Matching(self.languages[constraint], num_tokens, end_ids)
 
@@ -79,7 +80,7 @@ UNCONSTRAINED = Constraints((), {})
 
 
 def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
-    """Return the constraint of each text, from one for all texts or a sequence with one, or None, for each text.
+    """Return the constraints of texts, given as one for all texts or as a list with one, or None, for each text.
 
     Raises:
         TextTypeError: an element is not a constraint.
@@ -107,10 +108,10 @@ def constraints_of(lm: LM, given: Any, num_texts: int) -> Constraints:
 
 
 def allowed_rows(rows: Sequence[Sequence[Allowed] | None], rows_each: int, like: Tensor) -> Tensor | None:
-    """Return which tokens may follow, `(rows, vocab)`, for the `rows_each` rows of each text; None if any may.
+    """Return which tokens may follow, `(rows, vocab)`, for all rows of all texts; None if no text has a constraint.
 
     Args:
-        rows: those of each text; None for a text without a constraint.
+        rows: for each text the allowed tokens of its rows; None for a text without a constraint.
         rows_each: the number of rows of each text.
         like: the scores of all rows, `(rows, vocab)`.
 

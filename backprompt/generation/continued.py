@@ -1,4 +1,4 @@
-"""Continued texts: a prompt and its continuation, as texts that remember both."""
+"""Continued texts: texts that also have their prompt and their continuation as attributes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Continued = TypeVar("Continued", bound="ContinuedText")
 class ContinuedText(Text):
     """A prompt and its continuation, a segment of token ids. Joining it with `+` gives a plain `Text`."""
 
-    # A string may stand behind the ids: see `stops.Cut`.
+    # Behind the ids there may be a string: see `stops.Cut`.
 
     __slots__ = ("_completion", "_prompt")
 
@@ -38,12 +38,12 @@ class ContinuedText(Text):
 
     @property
     def completion_text(self) -> Text:
-        """The continuation as its own text: the ids, and the string behind them where a stop string cut a token."""
+        """The continuation as its own text: the ids, and the string behind them if a stop string cut a token."""
         return self._completion
 
     @property
     def completion_tokens(self) -> tuple[int, ...]:
-        """The ids that were added, an end token included.
+        """The ids that were added, including an end token.
 
         If a stop string ended the text, these are only the whole tokens before the cut.
         """
@@ -62,7 +62,7 @@ class ContinuedText(Text):
 
     @property
     def completion_rest(self) -> str:
-        """The string behind `completion_tokens` where a stop string cut a token; else empty."""
+        """The string behind `completion_tokens` if a stop string cut a token, else an empty string."""
         strings = [leaf for leaf in leaves(self._completion.segments) if isinstance(leaf, str)]
         return strings[-1] if strings else ""
 
@@ -74,7 +74,7 @@ class ContinuedText(Text):
 def continue_as(
     kind: type[Continued], prompt: Text, token_ids: Sequence[int], lm: Engine[Text], rest: str = ""
 ) -> Continued:
-    """Return a text of some kind: a prompt, the ids that continue it, and behind the ids the string `rest`.
+    """Return a text of the class `kind`: a prompt, the ids that continue it, and behind the ids the string `rest`.
 
     The continuation is under the adapter of the prompt's last segment.
     """
@@ -108,9 +108,10 @@ def under_the_adapter_of(before: Text, text: Text) -> Text:
 class GeneratedText(ContinuedText):
     """The result of `generate`: a prompt and the model's continuation, a segment of token ids.
 
-    A stop string is cut off (with `include_stop=True`, only the string behind it). If the cut is within a token, the
-    tokens before it stay as they were generated, and the kept part of the token stands behind them as a string, encoded
-    like any string: `text.tokens` has ids for it, `completion_tokens` and `completion_logprobs` have none.
+    A stop string and the string behind it are cut off (with `include_stop=True`, only the string behind it). If the cut
+    is within a token, the tokens before that token stay as generated. The kept part of the token stands behind them as
+    a string, encoded like any string: `text.tokens` has ids for this part, but `completion_tokens` and
+    `completion_logprobs` do not.
     """
 
     __slots__ = ("_constrained_logprobs", "_finish_reason", "_logprob_dtype", "_logprobs")
@@ -137,8 +138,8 @@ class GeneratedText(ContinuedText):
     def constrained_logprobs(self) -> Tensor:
         """Log-probability of each of `completion_tokens` among the tokens that the constraint allowed, `(tokens,)`.
 
-        In nats: the model's own distribution, divided by the probability of all allowed tokens. 0 for a token without
-        another choice. Without a constraint they are `completion_logprobs`.
+        In nats. The probability in the model's own distribution is divided by the probability of all allowed tokens. A
+        token without an alternative has 0. Without a constraint, the values are those of `completion_logprobs`.
         """
         return torch.tensor(self._constrained_logprobs, dtype=self._logprob_dtype)
 
@@ -146,10 +147,10 @@ class GeneratedText(ContinuedText):
     def finish_reason(self) -> FinishReason:
         """The reason why the continuation ended.
 
-        "eos": an end token; "stop": a stop string; "constraint": no token may follow under the constraint, and the
-        model has no end token; "length": `max_new_tokens`, a constrained text may then be only the beginning of an
-        allowed one; "criteria": another criterion of the options, such as `max_time`; "interrupted": the caller stopped
-        the generation.
+        "eos": an end token. "stop": a stop string. "constraint": no token may follow under the constraint, and the
+        model has no end token. "length": `max_new_tokens`; a constrained text may then be only the beginning of an
+        allowed string. "criteria": another criterion of the options, such as `max_time`. "interrupted": the caller
+        stopped the generation.
         """
         return self._finish_reason
 

@@ -2,7 +2,7 @@
 
 Configuration, logits processors and stopping criteria are those of transformers. Each text has processors and criteria
 of its own. So texts of different lengths are never padded, and the choice for one does not depend on the others.
-Besides this file, choosing.py, which calls the processors, and beams.py know transformers' generation.
+Besides this file, options.py, choosing.py, quick.py, constrained.py and beams.py know transformers' generation.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of a `Decoding`, without model and tokenizer: all that another process needs to make it again.
+    """The options of a `Decoding`, from which another process with the model and the tokenizer makes the decoding.
 
     Attributes:
         max_new_tokens: the largest number of tokens to add.
@@ -93,7 +93,7 @@ class Recipe:
     def decoding(
         self, model: Any, tokenizer: Any, refused: Callable[[], frozenset[int]], private: PrivateTokenizer
     ) -> Decoding:
-        """Return the decoding for a model with its tokenizer and the copy of that; `refused`: see `Decoding`."""
+        """Return the decoding for a model, its tokenizer and the tokenizer's copy; `refused`: see `Decoding`."""
         stops = StopStrings(
             self.stop, tokenizer, include_stop=self.include_stop, is_behind_prompt=self.is_behind_prompt
         )
@@ -117,13 +117,13 @@ class Decoding:
         model: the causal LM inside all wrappers; its `generation_config` supplies options that are not given.
         tokenizer: the tokenizer for transformers' `stop_strings`.
         max_new_tokens: the largest number of tokens to add.
-        stops: strings that end a text with the token that completes one of them.
-        seed: the seed of sampling. The same text with the same options, seed and sample has the same continuation,
-            also beside other texts; by default each run has a seed of its own.
+        stops: strings that end a text; the text ends with the token that completes one of them.
+        seed: the seed of sampling. The same text with the same options, seed and number of the sample has the same
+            continuation, whatever other texts are continued with it. By default each run has a seed of its own.
         given: fields of `GenerationConfig`.
         refused: returns the ids that must not be chosen, because a text with one of them cannot be evaluated. Called
             for each text after its evaluation, when the probe has found these ids.
-        constraints: those of the texts, in their order.
+        constraints: the constraints of the texts, in order.
         first_sample: the number of the first sample of each text.
 
     Attributes:
@@ -197,7 +197,7 @@ class Decoding:
         return decoding
 
     def matching(self, text_idx: int) -> Matching | None:
-        """Return the matching of a text under its constraint; None for a text without."""
+        """Return the matching of a text under its constraint; None for a text without a constraint."""
         return self._constraints.matching(text_idx, num_tokens_of(self.model), self.end_ids)
 
     def _rehearse(self) -> None:
@@ -242,11 +242,11 @@ class Decoding:
         is_stopped: bool,
         is_over: Callable[[], bool],
     ) -> FinishReason | None:
-        """Return why a text with `num_new` added tokens is finished, or None.
+        """Return the reason for which a text with `num_new` added tokens is finished, or None.
 
         Args:
             rules: the rules of the text.
-            ids: returns the text's ids so far, `(1, tokens)`; called where a criterion looks at them.
+            ids: returns the text's ids so far, `(1, tokens)`; called only if a criterion needs them.
             last_id: the last id.
             num_new: the number of added ids.
             is_stopped: whether a stop string ends the text.
@@ -280,7 +280,7 @@ class TextDecoding:
         decoding: the options.
         prompt_ids: the text's ids.
         sample_idx: the number of this sample of the text.
-        matching: the place of the text in the language of its constraint, if it has one.
+        matching: tells the tokens that the text's constraint allows; None without a constraint.
 
     """
 
@@ -301,14 +301,14 @@ class TextDecoding:
         self.is_drawn = decoding.is_sampling
         self.looks_ahead = decoding.looks_ahead
         self._device: torch.device | None = None
-        self._ids = torch.empty(0)  # (1, tokens), with room for all tokens to come, where rules look at ids
+        self._ids = torch.empty(0)  # (1, tokens), with room for all later tokens; used if rules need ids
         self._num_written = 0  # the number of ids written so far
         self._num_ahead = decoding.num_lookup_tokens
-        self._ngrams = Ngrams(decoding.max_ngram)  # where tokens are looked up
+        self._ngrams = Ngrams(decoding.max_ngram)  # for looking up proposals
         self._completion: Completion = ()  # the ids added so far, or a beginning of them
-        self._are_forced = False  # whether the constraint leaves no other way than `proposals`
+        self._are_forced = False  # whether the constraint forces the tokens of `proposals`
         self.proposals: list[Completion] = []
-        """Longer continuations than the tokens added so far, that may turn out right."""
+        """Possible longer continuations: the tokens added so far, and proposed tokens behind them."""
 
     @property
     def completion(self) -> Completion:
@@ -324,7 +324,7 @@ class TextDecoding:
 
     @property
     def ahead(self) -> list[Completion]:
-        """Continuations after which the logits are wanted next; each stands behind its own beginnings."""
+        """Continuations after which logits are needed next; each one comes later in the list than its beginnings."""
         return [self.completion, *self.proposals]
 
     @property
@@ -387,11 +387,11 @@ class TextDecoding:
         return None if self._matching is None else [self._matching.allowed(self.completion)]
 
     def needed(self) -> set[Completion]:
-        """Return the continuations to keep: all but the last token, which was not forwarded yet."""
+        """Return the continuations to keep: the one without its last token, which was not forwarded yet."""
         return {self.completion[:-1]}
 
     def score_of(self, completion: Completion) -> TokenScore | None:
-        """Return the score of the last token of the completion so far or of a beginning of it; else None."""
+        """Return the score of the last token of `completion` if it begins the completion so far; else None."""
         is_beginning = 0 < len(completion) <= len(self.completion) and self.completion[: len(completion)] == completion
         return self._choices[len(completion) - 1].score if is_beginning else None
 
@@ -400,13 +400,13 @@ class TextDecoding:
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
 
     def _ids_from(self, start: int) -> list[int]:
-        """Return the ids from this one on."""
+        """Return the ids from index `start` on, the prompt included."""
         choices = self._choices[max(0, start - len(self._prompt_ids)) :]
         return [*self._prompt_ids[start:], *(choice.token_id for choice in choices)]
 
     def _proposed(self) -> list[Completion]:
-        """Return possible next continuations, token by token: the one that is forced, or those that were looked up."""
-        # The last allowed token is not continued.
+        """Return proposals, each with all its beginnings: the forced continuation, or those that were looked up."""
+        # No logits are needed behind the last token that `max_new_tokens` allows.
         num_left = self._decoding.max_new_tokens - len(self._choices) - 1
         forced: Completion = ()
         if self._matching is not None and not self.is_finished:

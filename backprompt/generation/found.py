@@ -1,4 +1,4 @@
-"""The result for a text: the tokens added to it, and the reason for its end."""
+"""The result of a generation for one text: the added tokens, and the reason for the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """A continuation: its tokens as chosen, the reason for its end, and the kept part if a stop string ended it."""
+    """A continuation: all chosen tokens, the reason for the end, and the part to keep if a stop string ended it."""
 
     choices: tuple[Choice, ...]
     finish_reason: FinishReason

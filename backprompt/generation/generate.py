@@ -1,7 +1,7 @@
 """Generation: texts continued by the model, many at once or one as a stream.
 
-A continuation is a text like any other (continued.py): a prompt and a segment of token ids, whose keys and values are
-kept. The texts of a call are continued together (run.py), by the rules of decoding.py.
+A continuation is an ordinary text (continued.py): a prompt and a segment of token ids, whose keys and values are kept.
+The texts of a call are continued together (run.py), by the rules of decoding.py.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def generate(
     show_progress_bar: bool | None = None,
     **generation_config: Any,
 ) -> GeneratedText | list[GeneratedText] | list[list[GeneratedText]]:
-    r"""Let the model continue texts, all together.
+    r"""Return texts continued by the model, all together.
 
-    Decoding is greedy, unless `do_sample=True` or a field for sampling (`temperature`, `top_p`, ...) asks for sampling.
-    The rules are those of transformers. Options that are not given come from the model's `generation_config`.
+    Decoding is greedy, unless `do_sample=True` or a field for sampling (`temperature`, `top_p`, ...) is given. The
+    rules are those of transformers. Options that are not given come from the model's `generation_config`.
 
     Args:
         texts: a text or many of one `LM`, with or without common parts; a text may have groups, but not end in one.
@@ -66,11 +66,12 @@ def generate(
         n: the number of samples of each text; by default one.
         stop: a string or strings; a text ends with the first one that is generated. Characters of the prompt do not
             count: behind a prompt that ends in "\n", the stop string "\n\n" needs two generated line breaks. If one
-            character completes several stop strings, the longest counts. (transformers' `stop_strings` searches the
-            prompt, too, and the text keeps the token that completes a stop string.)
+            character completes several stop strings, the longest counts. (transformers' `stop_strings` also searches
+            the prompt, and keeps the token that completes a stop string.)
         include_stop: keep the stop string, which is otherwise left out of the text and its completion.
-        seed: the seed of sampling. A text's samples depend on the seed, its ids, the options and the number of the
-            sample (among equal ids in the call), not on other texts. By default each call has a seed of its own.
+        seed: the seed of sampling. A sample depends on the seed, the text's ids, the options, and the number of the
+            sample among those of equal ids in the call; it does not depend on other texts. By default each call has a
+            seed of its own.
         constraint: a `Regex`, a `JsonSchema` or a `Grammar` that each completion must match; or a list with one, or
             None, for each text. An end token may follow only where the completion may end. A text that has not ended
             within `max_new_tokens` ends with the reason "length". Needs llguidance.
@@ -78,8 +79,8 @@ def generate(
         **generation_config: fields of transformers' `GenerationConfig`.
 
     Returns:
-        A `GeneratedText` for a text, a list for a sequence; with `n` a list of `n` in place of each (beams in order
-        from the best, and fewer where there are no more).
+        A `GeneratedText` for one text, or a list of them for a list of texts. With `n`, each is replaced by a list of
+        `n` (of beams, the best first; fewer than `n` if no more were found).
 
     Raises:
         GenerationError: options contradict each other or do not exist; there is no room for `max_new_tokens`;
@@ -144,7 +145,7 @@ def _decoding(
 
 
 def refused_ids(lm: LM) -> Callable[[], frozenset[int]]:
-    """Return a function that returns the ids that no text may have, as far as they are known when it is called."""
+    """Return a function that returns the ids that no text may have, as known at the time of its call."""
 
     def found() -> frozenset[int]:
         limits = lm.session.limits.model
@@ -173,10 +174,9 @@ def stream(
 
 
 class Stream(Iterator[str]):
-    """The continuation of one text, piece by piece as it is decided; see `Text.stream`.
+    """An iterator over the continuation of one text, string by string as each is decided; see `Text.stream`.
 
-    The stream is an iterator of strings. `stream.text` is the text so far at any time, and is kept when the iteration
-    stops early.
+    `stream.text` is the text so far at any time, and stays available if the iteration stops early.
     """
 
     def __init__(self, lm: LM, prompt: Text, decoding: Decoding) -> None:

@@ -1,6 +1,6 @@
-"""A live text: one that is being continued, with the spans of its continuations.
+"""A live text: a text that is being continued, with the spans of its continuations.
 
-Keeps the tokens added to the text (its decoding), and the ends of the continuations that the evaluator holds for it.
+Keeps the tokens added to the text (its decoding), and the ends of its continuations that the evaluator holds in memory.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from backprompt.tokens.adapted import base_of
 from backprompt.tokens.graph import TokenIds, flat
 
 NOWHERE = Span((), 0, None)
-"""The end of a continuation that is to be looked up, or computed again, by its ids: a span that holds nothing."""
+"""The end of a continuation that must be looked up, or computed again, by its ids: a span without rows."""
 
 
 class Live:
     """A growing text.
 
     Attributes:
-        prompt_ids: its prompt; added tokens are under the adapter of the prompt's last token.
+        prompt_ids: the ids of its prompt; added tokens are under the adapter of the prompt's last token.
         base_id: the id of token 0 under this adapter.
-        decoding: its tokens so far.
-        tip: the end of its one held continuation; None if it has several.
+        decoding: the tokens that were added, and the rules for the next ones.
+        tip: the end of its only held continuation; None if it has several.
 
     """
 
@@ -55,7 +55,7 @@ class Live:
 
     @property
     def next_token(self) -> Choice | None:
-        """The one token with which the text goes on behind its one held continuation; None where there are more."""
+        """The only token to forward next, behind the only held continuation; None if there is not one of each."""
         decoding = self.decoding
         if self.tip is None or isinstance(decoding, BeamDecoding) or decoding.proposals:
             return None
@@ -66,29 +66,29 @@ class Live:
         return tuple(self.base_id + token_id for token_id in token_ids)
 
     def go_on(self, end: Span, stop: int) -> None:
-        """Note that the held continuation has grown by `next_token`, and ends here now.
+        """Note that the held continuation has grown by `next_token`, and now ends at `end`.
 
         Args:
             end: the end of the continuation.
-            stop: the position behind the end when the token went in; other tokens may have followed since.
+            stop: the position behind the end when the token was added; other tokens may have been added since.
 
         """
         self.tip, self._stop = (end, stop) if end.stop == stop else (NOWHERE, NOWHERE.stop)
         self._num_held += 1
 
     def forget_grown(self) -> None:
-        """Forget where the held continuation ends if tokens went in behind it: a step was cut short, or overtaken."""
+        """Forget the end of the held continuation if tokens were added behind it: by an interrupted or another step."""
         if self.tip is not None and self.tip.stop != self._stop:
             self.tip, self._stop = NOWHERE, NOWHERE.stop
 
     def let_go(self) -> None:
-        """Hold nothing: the continuations are computed again by their ids."""
+        """Hold no continuations in memory: the next step looks them up, or computes them again, by their ids."""
         self._ends = dict.fromkeys(self._ends, NOWHERE)
         if self.tip is not None:
             self.tip, self._stop = NOWHERE, NOWHERE.stop
 
     def beginning_of(self, completion: Completion) -> tuple[Span, Completion]:
-        """Return the end of the longest held beginning of a continuation, and the ids to forward behind it."""
+        """Return the end of a continuation's longest held beginning, and the ids to forward behind this end."""
         ends = self.ends
         num_held = next(num for num in range(len(completion) - 1, -1, -1) if completion[:num] in ends)
         return ends[completion[:num_held]], self.forwarded(completion[num_held:])

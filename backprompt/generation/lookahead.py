@@ -1,11 +1,10 @@
-"""Look-ahead without a second model: tokens that followed the last tokens earlier in the text may follow them again.
+"""Look-ahead without a second model: if the last tokens occur earlier in the text, the same tokens may follow again.
 
 "Prompt lookup decoding" (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding), after "Fast Inference
 from Transformers via Speculative Decoding" (Leviathan et al. 2023, arXiv 2211.17192). Several proposals are tried at
 once: they are branches of a tree, forwarded in the pass that forwards the last token. The chosen tokens do not change:
-each is chosen by the same rules from the same logits, which may only be available earlier. The number of proposed
-tokens is halved if none was right, and else doubled, up to the requested number, as transformers does for an assistant
-model.
+each token is chosen by the same rules from the same logits, which may be available earlier. The number of proposed
+tokens is halved if no proposed token was right. Otherwise it is doubled, up to the requested number.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ MAX_PROPOSALS = 3
 """The number of continuations tried at once."""
 
 DEFAULT_NGRAM = 2
-"""The largest number of last tokens to look up, where the options do not say."""
+"""The default for the largest number of last tokens to look up."""
 
 
 class Ngrams:
-    """The ids of a text, and where its n-grams stand that something follows.
+    """The ids of a text, and the places of its n-grams.
 
     Args:
         max_ngram: the largest n.
@@ -44,10 +43,10 @@ class Ngrams:
             self._ids.append(token_id)
 
     def proposals(self, num_tokens: int) -> list[tuple[int, ...]]:
-        """Return possible continuations of the text: the ids that followed the last n of it earlier.
+        """Return possible continuations of the text: the ids behind earlier occurrences of its last n ids.
 
-        Longer n-grams come first, and of one length the latest; no proposal is a beginning of another. `num_tokens`:
-        the largest number of tokens in a proposal.
+        Longer n-grams come first; of equal length, the latest comes first. No proposal is a beginning of another.
+        `num_tokens`: the largest number of tokens in a proposal.
         """
         found: list[tuple[int, ...]] = []
         for size in range(min(self._max_ngram, len(self._ids)), 0, -1):

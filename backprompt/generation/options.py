@@ -1,7 +1,7 @@
 """Fields of transformers' `GenerationConfig` that `generate` takes, and their valid values.
 
-transformers checks many of the fields only where they are used, or not at all: a string as a seed, a probability of 2,
-an unknown token id or an option of an unsupported decoding method would silently do something else.
+transformers checks many of the fields only where they are used, or not at all. So a string as a seed, a probability of
+2, an unknown token id or an option of an unsupported decoding method would change results without an error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ANY = (-math.inf, math.inf)
 
 
 def checked(given: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
-    """Return fields of `GenerationConfig`, numbers as Python's own; None stays, and counts as not given.
+    """Return the checked fields of `GenerationConfig`, with numbers of Python; None stays, and counts as not given.
 
     Args:
         given: the fields by name.
@@ -77,7 +77,7 @@ def checked(given: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
 
 
 def config_of(model: Any, given: Mapping[str, Any]) -> GenerationConfig:
-    """Return the options in full: the given ones, else those of the model's own configuration, but greedy.
+    """Return all options: the given ones, else those of the model's own configuration, but greedy by default.
 
     Raises:
         GenerationError: options contradict each other or are not supported.

@@ -1,9 +1,9 @@
 """Processors of transformers on the CPU: the same scores to the bit, in a fraction of the time.
 
 Top-k needs the k-th largest score of a row, and top-p the sorted scores of a row. numpy finds these with vector
-instructions, several times as fast as `topk` and `sort` of torch. Which token has which place in the order matters only
-among equal scores. The shares of the sorted scores come from the functions of torch that transformers calls, on the
-same numbers.
+instructions, several times as fast as `topk` and `sort` of torch. The tokens' own order matters only among equal
+scores. The shares of the sorted scores are computed by the torch functions that transformers calls, from the same
+numbers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Scores: TypeAlias = "npt.NDArray[Any]"
 """Scores, `(rows, vocab)`."""
 
 MAX_SHARE_SORTED_ALONE = 1 / 8
-"""The largest share of scores that are picked out to be sorted by themselves."""
+"""The largest share of chosen scores for which only the chosen scores are sorted."""
 
 
 def quickly_processed(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    """Return scores as a processor changes them, `(rows, vocab)`; the given tensor may change."""
+    """Return scores as a processor changes them, `(rows, vocab)`; the given tensor may be changed, too."""
     quick = _QUICK.get(type(processor))
     if quick is None or scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
         found: Tensor = processor(ids, scores)
@@ -34,7 +34,7 @@ def quickly_processed(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def first_of_largest(scores: Tensor) -> Tensor:
-    """Return `scores.argmax(dim=-1)`, of equal scores the first."""
+    """Return `scores.argmax(dim=-1)`, the index of the first of equal scores."""
     if scores.device.type != "cpu":
         return scores.argmax(dim=-1)
     return torch.from_numpy(scores.numpy().argmax(axis=-1))
@@ -62,7 +62,7 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     border = ascending.gather(1, num_removed)
     kept = _not_below(scores, border, processor.filter_value)
     is_tied = (num_removed > 0) & (border == ascending.gather(1, (num_removed - 1).clamp_(min=0)))
-    if bool(is_tied.any()):  # some of equal scores are kept: which ones, the order of torch says
+    if bool(is_tied.any()):  # only some of equal scores are kept, chosen by the order of torch's sort
         tied = is_tied[:, 0].nonzero()[:, 0]
         kept[tied] = processor(ids, scores[tied])
     return kept
@@ -71,7 +71,8 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
 def _kth_largest(scores: Scores, k: int) -> Scores:
     """Return the k-th largest score of each row, `(rows, 1)`; no score may be NaN.
 
-    The k-th largest of the maxima of groups of scores is at most as large: the few scores from there on are sorted.
+    The scores are divided into groups. The k-th largest of the groups' maxima is a lower bound, and only the few scores
+    from this bound up are sorted.
     """
     num_groups = 4 * k
     num_grouped = scores.shape[1] // num_groups * num_groups
@@ -84,7 +85,7 @@ def _kth_largest(scores: Scores, k: int) -> Scores:
 
 
 def in_rising_order(scores: Scores) -> Scores:
-    """Return the scores of each row in rising order; behind top-k most are -inf, and only the others are sorted."""
+    """Return the scores of each row in rising order; after top-k most are -inf, and only the others are sorted."""
     is_possible = scores != -np.inf
     if not _are_few(is_possible):
         return np.sort(scores, axis=-1)
@@ -99,7 +100,7 @@ def _are_few(are_chosen: npt.NDArray[np.bool_]) -> bool:
 
 
 def _sorted_alone(scores: Scores, are_chosen: npt.NDArray[np.bool_]) -> Scores:
-    """Return the chosen scores of each row in rising order, behind -inf in rows with fewer than others have."""
+    """Return the chosen scores of each row in rising order; rows with fewer than others begin with -inf."""
     num_rows, vocab = scores.shape
     places = np.flatnonzero(are_chosen)
     starts = np.searchsorted(places, np.arange(num_rows + 1) * vocab)

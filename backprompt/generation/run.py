@@ -1,6 +1,6 @@
-"""A run: texts that are continued together, each step one packed pass of one token per text.
+"""A run: texts that are continued together; a step is one packed pass of one token for each text.
 
-Keeps the live texts, with the spans of their continuations, and the waiting texts. Finished texts leave the batch and
+Keeps the live texts, with the spans of their continuations, and the waiting texts. Finished texts leave the batch, and
 waiting texts take their place. No text is padded, and samples of one prompt share its spans.
 """
 
@@ -34,7 +34,7 @@ from backprompt.tokens.adapted import plain
 from backprompt.tokens.graph import TokenIds, flat, with_more
 
 MAX_LIVE_TEXTS = 256
-"""The largest number of texts that grow at once; other texts wait until one is finished."""
+"""The largest number of texts that are continued at once; other texts wait until one is finished."""
 
 
 class Running(Protocol):
@@ -57,19 +57,19 @@ class Running(Protocol):
         """Do a step; return whether any text is unfinished or waits."""
 
     def close(self) -> None:
-        """End the live texts, and begin no more texts."""
+        """End the live texts; waiting texts never begin."""
 
 
 @runtime_checkable
 class ContinuesTexts(Protocol):
-    """An `LM` that continues texts in a way of its own."""
+    """An `LM` that continues texts in a way of its own, such as in other processes."""
 
     def running(self, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool) -> Running:
-        """Return texts to be continued, checked, with nothing computed; `is_stream`: a step adds few tokens."""
+        """Return checked texts to be continued, without computing anything; `is_stream`: a step adds few tokens."""
 
 
 def running(lm: LM, texts: Sequence[Text], decoding: Decoding, *, is_stream: bool = False) -> Running:
-    """Return texts to be continued, checked, with nothing computed."""
+    """Return checked texts to be continued, without computing anything."""
     if isinstance(lm, ContinuesTexts):
         return lm.running(texts, decoding, is_stream=is_stream)
     return Run(lm, texts, decoding)
@@ -83,7 +83,7 @@ class Run:
         lm: the `LM` of all texts.
         texts: the texts to continue. A text that is listed several times is sampled several times.
         decoding: the options.
-        prompts: the ids of the texts, where they are checked already; then the texts may be left out.
+        prompts: the ids of the texts, if they are checked already; then the texts may be left out.
 
     """
 
@@ -96,9 +96,9 @@ class Run:
     is_advancing: bool = field(init=False, default=False)  # in a pass with others that is not finished yet
     num_steps: int = field(init=False, default=0)
     _num_begun: int = field(init=False, default=0)
-    _stop_of_begun: int = field(init=False, default=0)  # of those that the step in progress begins
+    _stop_of_begun: int = field(init=False, default=0)  # `_num_begun` after the step in progress
     _planned_at: int = field(init=False, default=-1)  # `Room.num_freed` when the step in progress looked for room
-    _begun_at: int = field(init=False, default=-1)  # the same for the step before
+    _begun_at: int = field(init=False, default=-1)  # `_planned_at` when the last step was finished
     _evaluator: Evaluator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -115,24 +115,24 @@ class Run:
 
     @property
     def num_tokens_done(self) -> int:
-        """The number of tokens decided on; a finished text counts with all tokens that were asked for."""
+        """The number of chosen tokens; a finished text counts with all tokens that were requested."""
         num_finished = self._num_begun - len(self.live)
         return num_finished * self.decoding.max_new_tokens + sum(live.decoding.num_new for live in self.live)
 
     @property
     def ends(self) -> set[Span]:
-        """The ends of the held parts of growing texts."""
+        """The ends of the live texts' held continuations."""
         return {end for live in self.live for end in live.ends.values()}
 
     @property
     def prompts_to_hold(self) -> Sequence[TokenIds]:
-        """The prompts of the texts of the next step: the live ones, and one at least."""
+        """The prompts of the texts of the next step: those of the live texts, and at least one if any is left."""
         stop = max(self._stop_of_begun, self._num_begun + (not self.live))
         return [*(live.prompt_ids for live in self.live), *self.prompts[self._num_begun : stop]]
 
     @property
     def num_new(self) -> int:
-        """The largest number of tokens that are held for one text behind its prompt."""
+        """The largest number of tokens that are kept in memory for one text behind its prompt."""
         decoding = self.decoding
         return decoding.max_new_tokens * decoding.num_beams + MAX_PROPOSALS * decoding.num_lookup_tokens
 
@@ -158,7 +158,7 @@ class Run:
         return is_going_on
 
     def decide(self, found: Advance | None) -> bool | None:
-        """Do a step, by what was `found` for it along with other steps; the lock must be held.
+        """Do a step, with the results `found` for it along with other steps, or None; the lock must be held.
 
         Returns:
             Whether any text is unfinished or waits; None if there is no room for the step yet.
@@ -192,17 +192,17 @@ class Run:
         return bool(self.live) or self._num_begun < len(self.prompts)
 
     def begin_with(self, evaluator: Evaluator) -> bool:
-        """Let an evaluator continue the texts, from the first step on; return whether that is so."""
+        """Bind the run to an evaluator at the first step; return whether the run is bound to this evaluator."""
         if self._evaluator is None:
             evaluator.continuations.let_grow(self, self.live)
             self._evaluator = evaluator
         return self._evaluator is evaluator
 
     def close(self) -> None:
-        """End the live texts, and begin no more texts."""
+        """End the live texts; waiting texts never begin."""
         if not self.live and self._num_begun == len(self.prompts):
             return
-        with self.lm.session.exclusive():  # another thread may be in the middle of a step, or have found one
+        with self.lm.session.exclusive():  # another thread may be in a step, or have found results for one
             self._num_begun = len(self.prompts)
             self.num_steps += 1
             if self._evaluator is not None:
@@ -210,23 +210,23 @@ class Run:
             self.lm.session.room.leave(self)
 
     def let_go(self) -> None:
-        """Hold nothing until the next step, which computes the dropped parts of live texts again; the lock is held."""
+        """Hold no texts until the next step, which computes dropped parts of live texts again; the lock is held."""
         ends = self.ends
-        self.num_steps += 1  # a step that was found went on behind these ends
+        self.num_steps += 1  # results that were found for a step continue these ends
         for live in self.live:
             live.let_go()
         if self._evaluator is not None:
             self._evaluator.continuations.end(list(ends), are_stored=False)
 
     def next_tokens(self) -> list[Choice] | None:
-        """Return the next token of every live text; None if one has several continuations, or no text is live."""
+        """Return the next token of every live text; None if a text has several continuations, or no text is left."""
         if self.decoding.num_beams > 1 or not (self.live or self._num_begun < len(self.prompts)):
             return None
         tokens = [token for live in self.live if (token := live.next_token) is not None]
         return tokens if len(tokens) == len(self.live) else None
 
     def not_held(self) -> list[tuple[Live, Completion]]:
-        """Return the continuations after which logits are wanted and that are not held."""
+        """Return the continuations after which logits are needed and which are not in memory."""
         held = [(live, live.ends) for live in self.live]
         return [(live, ids) for live, ends in held for ids in live.decoding.ahead if ids not in ends]
 
@@ -236,14 +236,14 @@ class Run:
         return [] if is_full else self._next_prompts(evaluator)
 
     def _forget_grown(self) -> None:
-        """Look up anew what an unfinished step has added to: see `Live.forget_grown`."""
+        """Forget the ends that an unfinished step has changed; see `Live.forget_grown`."""
         if self.is_advancing:
             for live in self.live:
                 live.forget_grown()
             self.is_advancing = False
 
     def _go_on(self, evaluator: Evaluator, found: Advance) -> None:
-        """Go on behind the ends that were found, and choose the next token of every live text."""
+        """Continue the live texts from the ends that were found, and choose the next token of every live text."""
         inserted: list[tuple[Span, Span, TokenScore]] = []  # the old and the new end, the score of the last token
         for live, token, (end, stop) in zip(self.live, found.tokens, found.grown, strict=True):
             before = live.tip
@@ -264,7 +264,7 @@ class Run:
         choose_next(sorted(texts, key=itemgetter(1)), found.logits)  # rows in their order are not copied
 
     def _grow(self, evaluator: Evaluator) -> list[tuple[Live, Completion]]:
-        """Forward the continuations after which logits are wanted; return those that were not held before."""
+        """Forward the continuations after which logits are needed; return those that were not in memory before."""
         grown = self.not_held()
         if grown:
             ends = evaluator.continuations.grow(
@@ -279,7 +279,7 @@ class Run:
         return grown
 
     def _admit(self, evaluator: Evaluator) -> None:
-        """Begin as many of the waiting texts as there is room for."""
+        """Begin as many of the waiting texts as fit the room."""
         if self._num_begun < len(self.prompts):
             self._note_begun(evaluator.continuations.begin(self._next_prompts(evaluator)))
 
@@ -292,7 +292,7 @@ class Run:
         self._begun_at = self._planned_at
 
     def _next_prompts(self, evaluator: Evaluator) -> Sequence[TokenIds]:
-        """Return the waiting texts that there is room for: at least one if no text is live, as it was admitted."""
+        """Return the waiting texts that fit the room; at least one if no text is live, since the run was admitted."""
         room, executor = self.lm.session.room, evaluator.executor
         first = self._num_begun
         self._stop_of_begun = stop = min(len(self.prompts), first + (not self.live))
@@ -310,7 +310,7 @@ class Run:
         return self.prompts[first:stop]
 
     def _choose(self, evaluator: Evaluator) -> None:
-        """Choose the next tokens of all live texts by the logits that they want."""
+        """Choose the next tokens of all live texts by the logits that they need."""
         wanted = [[(ids, ends[ids]) for ids in live.decoding.ahead] for live in self.live for ends in [live.ends]]
         row_of = {end: row for row, end in enumerate(dict.fromkeys(end for own in wanted for _, end in own))}
         logits = Logits(evaluator.readout.next_logits(list(row_of)), evaluator.executor.rows_in_a_slice)
@@ -335,7 +335,7 @@ class Run:
         if not finished:
             return
         room, ended = self.lm.session.room, dict.fromkeys(finished)
-        self.live[:] = [live for live in self.live if live not in ended]  # in place: see `step`
+        self.live[:] = [live for live in self.live if live not in ended]  # in place: see `begin_with`
         evaluator.continuations.end([end for live in ended for end in live.ends.values()])
         if self.live:
             room.note_freed()
@@ -354,7 +354,7 @@ def as_texts(
 
 
 def run_with_bar(run: Running, show: bool | None) -> None:
-    """Let texts grow, under a bar over their tokens, until all are finished or an error is raised."""
+    """Continue texts, with a progress bar over their tokens, until all are finished or an error is raised."""
     total = len(run.prompts) * run.decoding.max_new_tokens
     with showing(show):
         bar = progress_bar(total, "generating", "tokens", is_long=run.decoding.max_new_tokens > 1)
@@ -369,7 +369,7 @@ def run_with_bar(run: Running, show: bool | None) -> None:
 
 
 class _Step(Call["bool | None"]):
-    """A step of a run, which other threads may do along with steps of their own runs."""
+    """A step of a run; another thread may do it along with a step of its own run."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -385,10 +385,10 @@ class _Step(Call["bool | None"]):
         return [TextsCall(lambda: None, lambda: self._needed(session.current()))]
 
     def _needed(self, evaluator: Evaluator) -> Needed | None:
-        """Return the texts that the step finds computed if they are computed along with those of others now."""
+        """Return the texts of the step, to be computed now along with those of other calls; None without any."""
         run = self.run
         if run.is_advancing or evaluator.archive is not None or not self._may_go_on(evaluator):
-            return None  # a store gets continuations when they end
+            return None  # with a store: continuations are stored only when they end
         wanted = run.not_held()
         parts = [live.beginning_of(ids) for live, ids in wanted]
         if not all(end.is_held(with_keys_values=True) for end, _ in parts):
@@ -400,13 +400,13 @@ class _Step(Call["bool | None"]):
         return Needed(items, [*ends, *(None for _ in prompts)]) if items else None
 
     def _may_go_on(self, evaluator: Evaluator) -> bool:
-        """Return whether the step may be done along with those of others now."""
+        """Return whether the step may be done along with those of other runs now."""
         run = self.run
         return run.begin_with(evaluator) and run.lm.session.room.admit(run, evaluator, may_wait=True)
 
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[_Step]) -> None:
-        """Do steps of several runs together; each thread chooses among beams and proposals itself."""
+        """Do steps of several runs together. Steps with beams or proposals are left to their own threads."""
         if any(call.run.next_tokens() is None and call._may_go_on(evaluator) for call in calls):  # else in place
             TextsCall.together(evaluator, [ahead for call in calls for ahead in call.ahead()])
         steps: list[_Step] = []
@@ -417,7 +417,7 @@ class _Step(Call["bool | None"]):
             may_advance = run not in tokens_of and not run.is_advancing and call._may_go_on(evaluator)
             tokens = run.next_tokens() if may_advance else None
             num_texts += 0 if tokens is None else run.max_texts
-            if steps and num_texts > MAX_LIVE_TEXTS:  # all logits are there at once; the rest go on waiting
+            if steps and num_texts > MAX_LIVE_TEXTS:  # all logits are in memory at once; later calls keep waiting
                 break
             if tokens is None:
                 call.is_alone = True

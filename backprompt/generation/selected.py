@@ -57,8 +57,9 @@ def select(
 
     Args:
         prompt: the text to continue.
-        options: the strings that may follow, or a constraint with finitely many, such as `Regex("(very )?(good|bad)")`.
-        end_of_prompt: "auto", " " or "": stands between the prompt and an option; see `classify.log_probs`.
+        options: the strings that may follow, or a constraint with finitely many strings, such as
+            `Regex("(very )?(good|bad)")`.
+        end_of_prompt: the string between the prompt and an option: "auto", " " or ""; see `classify.log_probs`.
         aggregate: the "mean" or the "sum" of an option's token log-probabilities; see `classify.predict_proba`.
         **scoring: other options of `classify.predict_proba`, such as `prior`.
 

@@ -1,9 +1,9 @@
-r"""Strings that end a continuation: when they end it, which part stays, and which part a stream must hold back.
+r"""Stop strings: when one ends a continuation, the part of the continuation that stays, and the part to hold back.
 
 Only the generated string, which the tokens add to the prompt's string, is searched for stop strings. The first stop
 string that is complete counts; of several that are complete at once, the longest counts. So the borders of tokens do
-not matter. Special tokens are left out of a completion, and so of the searched string; a stop string that names a
-special token is looked for where special tokens are written out.
+not matter. Special tokens are left out of a completion, and so of the searched string. A stop string that names a
+special token is searched for in the string with special tokens written out.
 
 A stop string may begin within a token ("abc\n" as one token, for the stop string "\n"). The tokens before such a token
 stay as they were generated, and the kept part of the token ("abc") stands behind them as a string.
@@ -33,7 +33,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Watched:
-    """A continuation that is searched for stop strings: its string in each way of writing it."""
+    """A continuation that is searched for stop strings: its string, decoded for each search."""
 
     decoded: tuple[Decoded, ...]
     is_stopped: bool = False
@@ -41,13 +41,13 @@ class Watched:
 
 @dataclass(frozen=True)
 class _Search:
-    """Stop strings, and the way of writing a continuation in which they are looked for."""
+    """Stop strings, and the decoder of the string that is searched for them."""
 
     strings: tuple[str, ...]
     decoder: Decoder
 
     def first(self, string: str, start: int = 0) -> tuple[int, int] | None:
-        """Return the start and stop of the stop string that is complete first from `start` on, or None."""
+        """Return the start and stop of the stop string that ends first, from `start` on; None without one."""
         found = [(idx, idx + len(stop)) for stop in self.strings if (idx := string.find(stop, start)) >= 0]
         return min(found, key=lambda place: (place[1], place[0]), default=None)
 
@@ -71,9 +71,9 @@ class StopStrings:
     """Stop strings of continuations.
 
     Args:
-        given: a string or strings; without any, no continuation ends.
+        given: a string or strings; without any, no continuation is ended by a stop string.
         tokenizer: a tokenizer of transformers.
-        include_stop: whether the stop string stays, which is otherwise cut off. The string behind it is cut off.
+        include_stop: whether the stop string stays; by default it is cut off. The string behind it is always cut off.
         is_behind_prompt: whether a continuation is decoded behind its prompt. In a continuation decoded by itself,
             SentencePiece drops a space before the first token.
 
@@ -110,7 +110,7 @@ class StopStrings:
         return Watched(tuple(search.decoder.begin(self._before(prompt_ids)) for search in self._searches))
 
     def with_token(self, watched: Watched, token_id: int) -> Watched:
-        """Return a continuation with one more token, and whether a stop string ends it."""
+        """Return a continuation with one more token; `is_stopped` says whether a stop string ends it."""
         if not self._searches:
             return watched
         after = [
@@ -121,13 +121,13 @@ class StopStrings:
         return Watched(tuple(after), is_stopped)
 
     def cut(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Cut | None:
-        """Return the kept part of a continuation that a stop string ends; None if none does."""
+        """Return the kept part of a continuation that a stop string ends; None if no stop string ends it."""
         before = self._before(prompt_ids)
         cuts = [search.cut(before, token_ids, include_stop=self.include_stop) for search in self._searches]
         return min(filter(None, cuts), key=lambda cut: (cut.num_tokens, len(cut.rest)), default=None)
 
     def decided(self, string: str) -> str:
-        """Return the part of an unfinished completion that cannot belong to a stop string to cut off."""
+        """Return the beginning of an unfinished completion, up to a possible beginning of a stop string to cut off."""
         if self.include_stop or not self.strings:
             return string
         longest = max(map(len, self._held))
@@ -141,7 +141,7 @@ class StopStrings:
 
 
 def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str) -> tuple[str, ...]:
-    """Return a string or strings as a tuple; none for None.
+    """Return a string or strings as a tuple; an empty tuple for None.
 
     Raises:
         TextTypeError: `given` is something else.
@@ -166,7 +166,7 @@ def as_stop_strings(given: str | Iterable[str] | None, tokenizer: Any, name: str
 
 
 def missing_characters(string: str, tokenizer: Any) -> list[str]:
-    """Return the characters of a stop string that no token has and that are never generated."""
+    """Return the characters of a stop string that no tokens can spell, so that they are never generated."""
     names = list(filter(None, tokenizer.all_special_tokens))
     return [char for char in _without(string, names) if not _can_be_generated(char, tokenizer)]
 

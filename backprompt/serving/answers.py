@@ -1,4 +1,4 @@
-"""Answers: what a model gives for the body of a request, as objects of OpenAI's API. All of it runs in a thread."""
+"""Whole answers to the bodies of requests, as objects of OpenAI's API. All functions here run in a thread."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ FINISH = {
     "criteria": "length",
     "interrupted": "length",
 }
-"""OpenAI's finish reasons."""
+"""OpenAI's name of each finish reason."""
 
 LEAST_LOGPROB = -1e9
-"""JSON has no minus infinity."""
+"""The number in place of minus infinity, which JSON lacks."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for.
+    """The generation that a request asks for.
 
     Attributes:
         prompts: the texts to continue.
-        num_prompt_tokens: of each.
-        first_samples: of each, the number of the first sample among those of equal prompts.
-        max_new_tokens: how many tokens to add to each.
-        options: of `generate`.
+        num_prompt_tokens: the number of tokens of each prompt.
+        first_samples: for each prompt, the number of its first sample among the samples of equal prompts.
+        max_new_tokens: the largest number of tokens to add to each prompt.
+        options: the options of `generate`.
 
     """
 
@@ -59,10 +59,10 @@ class Asked:
 
 
 def asked_of_completion(lm: LM, body: CompletionBody, limits: Limits) -> Asked:
-    """Return what a request for completions asks for.
+    """Return the generation that a request for completions asks for.
 
     Raises:
-        Refusal: it asks for too much, or for nothing.
+        Refusal: the request asks for too many tokens, or for no result.
 
     """
     given: Any = body.prompt
@@ -79,7 +79,7 @@ def asked_of_completion(lm: LM, body: CompletionBody, limits: Limits) -> Asked:
 
 
 def asked_of_chat(lm: LM, body: ChatBody, limits: Limits) -> Asked:
-    """Return what a request for a turn of a conversation asks for: by default as many tokens as there is room for."""
+    """Return the generation that a request for a turn of a conversation asks for; by default as many tokens as fit."""
     prompt = chat(lm, body.conversation)
     num_tokens = body.max_completion_tokens or body.max_tokens
     if num_tokens is None:
@@ -142,7 +142,7 @@ def chat_completion(lm: LM, body: ChatBody, limits: Limits, name: str) -> dict[s
 
 
 def scores(lm: LM, body: ScoreBody, limits: Limits, name: str) -> dict[str, Any]:
-    """Return the answer to `/v1/score`: log-probabilities of each completion's tokens behind each prompt."""
+    """Return the answer to `/v1/score`: log-probabilities of each completion's tokens behind each prompt, in nats."""
     prompt_ids = lm.session.prompt_ids([Text(prompt, lm) for prompt in body.prompts])
     longest = lm.session.completion_ids(body.completions)
     limits.check_tokens(sum(map(len, prompt_ids)) + len(prompt_ids) * sum(map(len, longest)))
@@ -155,7 +155,7 @@ def scores(lm: LM, body: ScoreBody, limits: Limits, name: str) -> dict[str, Any]
 
 
 def generated(asked: Asked, n: int) -> list[list[Text]]:
-    """Return `n` continuations of each prompt; the prompts themselves where no token is asked for."""
+    """Return `n` continuations of each prompt; the prompts themselves if no tokens are requested."""
     if asked.max_new_tokens == 0:
         return [[prompt] * n for prompt in asked.prompts]
     options, is_greedy = dict(asked.options), "do_sample" not in asked.options
@@ -170,7 +170,7 @@ def generated(asked: Asked, n: int) -> list[list[Text]]:
 
 
 def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[str, Any]:
-    """Return the log-probabilities of a text's tokens from a start on, with the most probable ones in their places."""
+    """Return the log-probabilities of a text's tokens from a start on, and the most probable tokens at each place."""
     (own,) = lm.token_logprobs([text], [start])
     ids = text.tokens[len(text.tokens) - len(own) :]
     top = lm.top_logprobs([text], num_top, [start]).split()[0] if num_top else None
@@ -185,7 +185,7 @@ def token_logprobs(lm: LM, text: Text, start: Text | int, num_top: int) -> dict[
             by_place.append(None)
             continue
         likely = dict(zip(tops[idx][1], map(_finite, tops[idx][0]), strict=True)) if tops else {}
-        # The token's own number is that of the list, to the bit: clients ask whether it is the largest of them.
+        # The token's own value is taken from the list, to the bit: clients compare it with the largest one.
         found["token_logprobs"].append(likely.get(token_id, logprob))
         named: dict[str, float] = {}
         for other, value in [*likely.items(), (token_id, logprob)]:
@@ -202,12 +202,12 @@ def _numbers(logprobs: Tensor) -> list[float | None]:
 
 
 def _finite(logprob: float) -> float:
-    """Return a log-probability that JSON can write, where the probability is 0 as well."""
+    """Return a log-probability that JSON can write, also for a probability of 0."""
     return max(logprob, LEAST_LOGPROB)
 
 
 def by_token(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return log-probabilities in the form of conversations; None for None."""
+    """Return log-probabilities in the form that answers to `/v1/chat/completions` have; None for None."""
     if found is None:
         return None
     tops: Iterable[Mapping[str, float]] = found["top_logprobs"] or [{}] * len(found["tokens"])
@@ -223,7 +223,7 @@ def by_token(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def head(prefix: str, kind: str, name: str) -> dict[str, Any]:
-    """Return the fields with which an answer begins."""
+    """Return the first fields of an answer: id, object, created and model."""
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
 

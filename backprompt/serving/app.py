@@ -1,4 +1,4 @@
-"""The application: its routes, and what becomes of requests whose clients are gone."""
+"""The application: its routes, and the cancellation of requests whose clients have disconnected."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Result = TypeVar("Result")
 
 
 def make_app(lm: LM, name: str, *, api_key: str | None = None, limits: Limits | None = None) -> FastAPI:
-    """Return an application that answers with one `LM`; requests in work share its passes.
+    """Return an application that answers requests with one `LM`; requests at the same time share passes.
 
     Args:
         lm: the model.
         name: the name of the model for clients.
         api_key: the key that clients must send; None for no key.
-        limits: what the server takes on; see `Limits` for the defaults.
+        limits: the limits for requests; see `Limits` for the defaults.
 
     """
     server = _Server(lm, name, Limits() if limits is None else limits)
     app = FastAPI(title="backprompt", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, limits=server.limits)
     if api_key is not None:
-        app.add_middleware(KeyCheck, api_key=api_key)  # the last one added is asked first
+        app.add_middleware(KeyCheck, api_key=api_key)  # the last one added is called first
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unknown)
 
@@ -90,7 +90,7 @@ class _Server:
         return JSONResponse(found)
 
     async def stream(self, request: Request, body: CompletionBody | ChatBody, kind: Kind) -> Response:
-        """Return an answer in pieces. What goes wrong before the first piece is told by the status."""
+        """Return an answer in pieces. The status tells errors that occur before the first piece."""
         async with AsyncExitStack() as held:
             try:
                 self._check_name(body)
@@ -110,7 +110,7 @@ class _Server:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; when they end, however they end, what is held for them is let go of."""
+    """Server-sent events; when they end, for any reason, the resources in `held` are released."""
 
     def __init__(self, sent: AsyncGenerator[bytes, None], held: AsyncExitStack) -> None:
         super().__init__(sent, media_type="text/event-stream")
@@ -123,7 +123,7 @@ class _Events(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return what some work returns; if the client goes away meanwhile, the work is cancelled."""
+    """Return the result of `work`; if the client disconnects meanwhile, the work is cancelled."""
     working, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -133,7 +133,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
     finally:
         gone.cancel()
         working.cancel()
-        await asyncio.wait({working})  # streams that it has begun are closed
+        await asyncio.wait({working})  # until streams that the work has begun are closed
 
 
 async def _next(found: AsyncGenerator[Piece, None]) -> Piece | None:
@@ -141,7 +141,7 @@ async def _next(found: AsyncGenerator[Piece, None]) -> Piece | None:
 
 
 async def _gone(request: Request) -> None:
-    """Return when the client of a request has gone."""
+    """Return when the client of a request has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -152,7 +152,7 @@ def _refused(refusal: Refusal) -> Response:
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    """Answer a request whose body is not as it should be: the first thing that is wrong with it."""
+    """Answer a request whose body is invalid, with the first error in it."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, (str, int)))
@@ -166,7 +166,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
-    """Answer a request for another path, with another method, or with a body of other bytes than JSON's."""
+    """Answer a request for an unknown path, with an unsupported method, or with a body that is no text in UTF-8."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
         return _refused(Refusal("The body cannot be read. Send JSON in UTF-8."))

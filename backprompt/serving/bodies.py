@@ -1,7 +1,7 @@
-"""The bodies of requests: the fields that are understood, with OpenAI's names and defaults.
+"""The bodies of requests: the fields that the server knows, with OpenAI's names and defaults.
 
-A field that is not there is refused by name. A field that is there for compatibility must have its neutral value.
-`null` means the default of a field, as in OpenAI's API.
+A field that the server does not know is refused by name. A field that exists only for compatibility must have its
+neutral value. `null` means the default of a field, as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Body(Fields):
 
 
 class StreamOptions(Fields):
-    """What a stream tells besides its text."""
+    """What a stream sends besides its text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class StreamOptions(Fields):
 
 
 class Sampled(Body, Constrained):
-    """How an answer is generated."""
+    """The fields for generation."""
 
     neutral: ClassVar[dict[str, Any]] = {
         "best_of": (None, 1),
@@ -59,7 +59,7 @@ class Sampled(Body, Constrained):
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # of vLLM and others; 0 for all tokens
+    top_k: int = Field(0, ge=0)  # a field of vLLM and others; 0 for all tokens
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
@@ -74,7 +74,7 @@ class Sampled(Body, Constrained):
         """Return the options of `generate`.
 
         Raises:
-            Refusal: a field that only exists for compatibility is used.
+            Refusal: a field that exists only for compatibility has another than its neutral value.
 
         """
         for name, values in self.neutral.items():
@@ -121,7 +121,7 @@ class ChatBody(Sampled):
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages. The assistant's may have said nothing: `null`, which templates would write as a word.
+        """The messages; `null` as the content of an assistant's message becomes "", since templates would write a word.
 
         Raises:
             Refusal: the content of another message is `null`.

@@ -1,6 +1,7 @@
-"""Connections: the time that a client has for the head of a request, and for taking what is sent to it.
+"""Connections: the time that a client has for sending the head of a request, and for receiving an answer.
 
-Keeps one timer for each of the two, a connection. The time for a body is counted in limits.py, which can still answer.
+Keeps one timer for each of the two for each connection. limits.py measures the time for a body, because a late body can
+still be answered.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def limited_connection(client_seconds: float) -> type[H11Protocol]:
-    """Return the class of connections, for uvicorn, whose clients have so many seconds."""
+    """Return a class of connections for uvicorn, with `client_seconds` as the time limit for clients."""
     return type("LimitedConnection", (_Connection,), {"client_seconds": client_seconds})
 
 
@@ -22,7 +23,7 @@ class _Connection(H11Protocol):
     client_seconds: ClassVar[float]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a head. The transport holds as little as it can, so it tells at once who is slow."""
+        """Begin to wait for a head. The transport's buffer is as small as possible, to notice slow clients at once."""
         self._sending = _Timer(self.loop, self.client_seconds, transport.abort)
         self._taking = _Timer(self.loop, self.client_seconds, transport.abort)
         transport.set_write_buffer_limits(0)
@@ -30,7 +31,7 @@ class _Connection(H11Protocol):
         self._sending.start()
 
     def data_received(self, data: bytes) -> None:
-        """Note whether a head is complete."""
+        """Stop the timer for the head once a head is complete; start it again after an answer."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._sending.start()
@@ -38,24 +39,24 @@ class _Connection(H11Protocol):
             self._sending.stop()
 
     def pause_writing(self) -> None:
-        """Begin to wait for the client."""
+        """Start the timer for the client, which has not received all data yet."""
         super().pause_writing()
         self._taking.start()
 
     def resume_writing(self) -> None:
-        """Note that the client has taken everything."""
+        """Stop the timer for the client, which has received all data."""
         super().resume_writing()
         self._taking.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the waiting."""
+        """Stop both timers."""
         super().connection_lost(exc)
         self._sending.stop()
         self._taking.stop()
 
 
 class _Timer:
-    """Calls a function when the time is over; a timer that runs is not started again."""
+    """Calls a function when the time is over; starting a timer that runs changes nothing."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, act: Callable[[], object]) -> None:
         self._begin = partial(loop.call_later, seconds, act)

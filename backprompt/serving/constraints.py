@@ -27,7 +27,7 @@ class JsonObjectFormat(BaseModel):
 
 
 class NamedSchema(BaseModel):
-    """A JSON schema. It always holds, whatever `strict` says; the name and the description are not used."""
+    """A JSON schema. The schema always applies, whatever `strict` says; name and description are not used."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +47,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class Constrained(BaseModel):
-    """The fields of a request that say which strings an answer may be."""
+    """The fields of a request that constrain the string of an answer."""
 
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
     guided_regex: str | None = None
@@ -58,7 +58,7 @@ class Constrained(BaseModel):
         """The constraint of the answer; None for any text.
 
         Raises:
-            Refusal: there are several.
+            Refusal: the request has several constraints.
 
         """
         found: dict[str, Constraint] = {}

@@ -1,4 +1,4 @@
-"""Keys: who may ask a server that has one."""
+"""The check of API keys, for a server that has a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from backprompt.serving.refusals import Refusal
 
 OPEN_PATH = "/health"
-"""What is answered without a key."""
+"""The path that is answered without a key."""
 
 
 class KeyCheck:

@@ -1,4 +1,4 @@
-"""Limits: how much a request may ask for, how long it may take to arrive, and how many are in work."""
+"""Limits: the size of a request, the time in which it must arrive, and the number of requests at the same time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from backprompt.serving.refusals import Refusal
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """The limits of a server.
 
     Attributes:
-        max_body_bytes: the largest body of a request.
+        max_body_bytes: the largest body of a request, in bytes.
         max_tokens: the largest number of tokens of a request: those of its prompts, and those that it may generate.
-        max_requests: the largest number of requests in work; others are refused until one is done.
-        client_seconds: the longest time for a client to send the head of a request, to send the body, and to take what
-            was sent to it.
+        max_requests: the largest number of requests at the same time; others are refused until one is answered.
+        client_seconds: the time limit of a client, in seconds, for each of: sending the head of a request, sending the
+            body, and receiving the data that was sent to it.
 
     """
 
@@ -43,10 +43,10 @@ class Limits:
 
 
 class Queue:
-    """The requests in work.
+    """The requests that are being answered.
 
     Attributes:
-        num_requests: how many there are.
+        num_requests: the number of these requests.
 
     """
 
@@ -59,7 +59,7 @@ class Queue:
         """Count a request for as long as the context lasts.
 
         Raises:
-            Refusal: there are too many.
+            Refusal: there are too many requests.
 
         """
         if self.num_requests >= self._max_requests:
@@ -76,7 +76,7 @@ class Queue:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies beyond a size, whether they say their size or not, and slow ones."""
+    """ASGI middleware that refuses bodies beyond a size, with or without a stated length, and slow bodies."""
 
     def __init__(self, app: Any, limits: Limits) -> None:
         self._app, self._limits = app, limits
@@ -99,7 +99,7 @@ class BodyLimit:
                 await self._app(scope, _replaying(body, receive), send)
 
     async def _body(self, scope: Any, receive: Any) -> bytes | None:
-        """Return the body; None if the client has gone.
+        """Return the body; None if the client has disconnected.
 
         Raises:
             Refusal: the body is too large.
@@ -127,12 +127,12 @@ class BodyLimit:
 
 
 def _last_answer(refusal: Refusal) -> JSONResponse:
-    """Return the answer to a body that is not read to its end, so no other request can follow."""
+    """Return an answer that closes the connection: the body was not read to its end, so no other request can follow."""
     return JSONResponse(refusal.body, refusal.status, {"Connection": "close"})
 
 
 def _replaying(body: bytes, receive: Any) -> Any:
-    """Return a `receive` that gives a body which was received, and then what comes."""
+    """Return a `receive` that returns a body that was received before, and then the later messages."""
     is_given = False
 
     async def given() -> Any:

@@ -22,10 +22,10 @@ class Refusal(Exception):
     """A request that is not answered.
 
     Attributes:
-        message: says what was given, and what to do instead.
-        status: the status of HTTP.
-        param: the field of the request.
-        code: names the reason for programs.
+        message: names the given value and the next step.
+        status: the HTTP status code.
+        param: the name of the field that is wrong, if any.
+        code: the name of the reason, for programs.
 
     """
 
@@ -43,7 +43,7 @@ class Refusal(Exception):
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Return what a client is told of an error; errors that are not the client's go to the log in full."""
+    """Return the refusal that a client gets for an error; an error of an unexpected kind is logged in full."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, (MissingDependencyError, NonFiniteError, StaleRepresentationError, WorkerError)):

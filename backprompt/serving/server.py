@@ -1,4 +1,4 @@
-"""The server: an application behind a socket, by uvicorn, until a signal comes."""
+"""The server: an application behind a socket, run by uvicorn until a signal comes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from backprompt.serving.connections import limited_connection
 
 
 def serve(app: Any, host: str, port: int, on_start: Callable[[str], object], *, client_seconds: float) -> None:
-    """Answer requests until SIGINT or SIGTERM comes; those in work are answered first. A second signal ends all.
+    """Answer requests until SIGINT or SIGTERM, then finish the requests in progress. A second signal ends all at once.
 
     Args:
         app: the application.
-        host: the address to listen at.
-        port: the port to listen at; 0 for any free one.
+        host: the address to listen on.
+        port: the port to listen on; 0 for any free port.
         on_start: called with the server's address as soon as the socket listens.
         client_seconds: see `Limits`.
 
     Raises:
-        CommandError: the address cannot be listened at.
+        CommandError: the server cannot listen on the address.
 
     """
     connection = limited_connection(client_seconds)

@@ -1,4 +1,4 @@
-"""Spelling: the strings by which clients know tokens, and where tokens stand in a string."""
+"""Spelling: the names of tokens for clients, and the places of tokens in a string."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")
 
 
 class Spelling:
-    r"""Names tokens as OpenAI does: a token that is part of a character is `bytes:\xe6`.
+    r"""Names tokens as OpenAI does: the name of a token that is part of a character is like `bytes:\xe6`.
 
-    Clients compare names to see which token is the most probable one. So a name keeps the space before a word, which
-    decoders drop at the beginning of a string.
+    Clients compare names to find whether a token is the most probable one. So a name keeps the space before a word,
+    which decoders drop at the beginning of a string.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -31,7 +31,7 @@ class Spelling:
         self._names: dict[int, str] = {}
 
     def name(self, token_id: int) -> str:
-        """Return the string of a token within a text."""
+        """Return the name of a token: its string within a text, or its bytes if it is part of a character."""
         found = self._names.get(token_id)
         if found is None:
             found = self._names[token_id] = self._name(token_id)
@@ -54,11 +54,11 @@ class Spelling:
 
 
 class Offsets:
-    """Where tokens stand in the string of those that are given one after the other; special tokens are not in it.
+    """The places of consecutive tokens in their string, which has no special tokens.
 
     Args:
-        tokenizer: of the tokens.
-        before: the tokens before the string.
+        tokenizer: the tokenizer of the tokens.
+        before: the ids before the string.
 
     """
 
@@ -68,7 +68,7 @@ class Offsets:
         self._offset = 0
 
     def of(self, token_ids: Sequence[int]) -> list[int]:
-        """Return the offsets of the next tokens; of a part of a character, where that begins."""
+        """Return the offsets, in characters, of the next tokens; a part of a character has the character's offset."""
         found = []
         for token_id in token_ids:
             string = self._decoded.string.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -79,6 +79,6 @@ class Offsets:
 
 
 def bytes_named(name: str) -> bytes:
-    """Return the bytes of a token by its name."""
+    """Return the bytes of the token with this name."""
     match = _BYTES.fullmatch(name)
     return bytes.fromhex(match[1].replace("\\x", "")) if match else name.encode()

@@ -1,4 +1,4 @@
-"""Streams: answers in pieces, as server-sent events. The continuations of a request grow side by side."""
+"""Streams: answers in pieces, as server-sent events. The continuations of a request are generated at the same time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from backprompt.serving.told import ToldTokens
 from backprompt.text.node import Text
 
 MAX_PIECES_AHEAD = 64
-"""Continuations wait for a client that is so many pieces behind."""
+"""The number of pieces that wait for a client before the continuations of its request wait, too."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the continuation with this index; the last one has a finish reason.
+    """A piece of the continuation with index `idx`; the last piece of a continuation has a finish reason.
 
-    Its log-probabilities are those of the tokens whose strings are given in full by now, and were not before.
+    Its log-probabilities are those of the tokens whose strings this piece completes.
     """
 
     idx: int
@@ -45,9 +45,9 @@ class Piece:
 
 
 async def pieces(lm: LM, asked: Asked, body: CompletionBody | ChatBody) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces of the continuations that a request asks for, as they are decided.
+    """Yield the pieces of the continuations that a request asks for, each as soon as it is decided.
 
-    The streams are closed when the iteration ends, however it ends.
+    The streams are closed when the iteration ends, for any reason.
 
     Raises:
         The errors of `generate`.
@@ -102,11 +102,11 @@ class Kind:
     """A kind of answer in pieces.
 
     Attributes:
-        ask: returns what a body asks for, as `Asked`.
-        head: the prefix of ids, and the name of a piece's object.
-        choice: returns a piece as a choice.
-        first: returns the choice that stands before the pieces of each continuation, given the `LM`, its index, its
-            prompt and the body; None for no such choice. Called in a thread.
+        ask: returns the generation that a body asks for, as `Asked`.
+        head: the prefix of ids, and the "object" of each event.
+        choice: returns a piece in the form of a choice of the API.
+        first: returns the choice to send before the pieces of a continuation, given the `LM`, the index of the
+            continuation, its prompt and the body; None for no such choice. Called in a thread.
 
     """
 
@@ -150,10 +150,10 @@ async def events(
         lm: the model.
         found: the pieces behind the `first` one.
         first: the first piece.
-        asked: what the request asks for.
-        kind: that of the answer.
-        body: of the request.
-        name: of the model.
+        asked: the generation that the request asks for.
+        kind: the kind of the answer.
+        body: the body of the request.
+        name: the name of the model.
 
     """
     chunk, num_new = head(*kind.head, name), 0
@@ -176,5 +176,5 @@ async def events(
 
 
 def _event(data: Mapping[str, Any]) -> bytes:
-    """Return an event of one line in ASCII: many clients also split lines where Unicode does, as at U+2028."""
+    """Return an event of one line in ASCII, because many clients also split lines at Unicode's line breaks (U+2028)."""
     return b"data: " + json.dumps(data).encode() + b"\n\n"

@@ -1,4 +1,4 @@
-"""Told tokens: the log-probabilities of a stream's tokens, each told once, with the piece that completes its string."""
+"""The log-probabilities of a stream's tokens, each sent once, with the piece that completes the token's string."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from backprompt.tokens.decoded import Decoder
 
 
 class ToldTokens:
-    """The tokens of one stream whose log-probabilities were told.
+    """The tokens of one stream whose log-probabilities were sent.
 
-    A stream holds back a string that may belong to a stop string, and tokens of it may still be cut off. So a token
-    waits until a string that ends with it was given.
+    A stream holds back a string that may belong to a stop string, and tokens of this string may still be cut off. So
+    the log-probabilities of a token wait until its whole string was sent.
 
     Args:
         lm: the model.
-        prompt: of the stream.
-        num_top: the number of most probable tokens to tell in each place.
-        is_echoed: whether the prompt was told before, so that offsets begin behind it.
+        prompt: the prompt of the stream.
+        num_top: the number of most probable tokens to send for each position.
+        is_echoed: whether the prompt was sent before, so that offsets begin behind it.
 
     """
 
@@ -38,11 +38,11 @@ class ToldTokens:
             self._offsets.of(prompt.tokens)
 
     def given(self, text: GeneratedText, piece: str) -> dict[str, Any] | None:
-        """Return what is told along with a piece of the string; None for no tokens.
+        """Return the log-probabilities to send with a piece of the string; None if the piece completes no token.
 
         Args:
             text: the text so far.
-            piece: the string that is given behind all earlier pieces.
+            piece: the string that is sent behind all earlier pieces.
 
         """
         self._string += piece
@@ -54,7 +54,7 @@ class ToldTokens:
         return self._told(text, before, self._num_told - before)
 
     def rest(self, text: GeneratedText) -> dict[str, Any] | None:
-        """Return what is told at the end of a text: all tokens that are left; None for no tokens."""
+        """Return the log-probabilities to send at the end of a text, of all tokens that are left; None without any."""
         return self._told(text, self._num_told, len(text.tokens) - self._num_prompt - self._num_told)
 
     def _told(self, text: GeneratedText, start: int, num: int) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Attention of many texts: their chosen rows are forwarded together, see evaluation/attention_maps.py."""
+"""Attention of many texts, whose chosen rows are forwarded together; see evaluation/attention_maps.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReadsAttention:
 
             lm.attention(texts, -1, rows=-1, over=lm.extents(texts))  # of each last token, by segment
 
-        The chosen rows of many texts are forwarded in one pass. Texts that share a pass have together at most as many
+        The chosen rows of many texts are forwarded in one pass. The texts of a pass have together at most as many
         tokens as a pass may have, and fit the budget together. Equal texts are read once.
 
         Args:

@@ -13,7 +13,7 @@ from backprompt.session.options import Options
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that computed results may take, on the model's device and in host memory."""
+    """The numbers of bytes that computed results may take on the model's device and in host memory."""
 
     device: int
     host: int

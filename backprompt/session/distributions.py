@@ -1,4 +1,4 @@
-"""Distributions that predict texts' tokens: entropies and most probable tokens, flat for many texts.
+"""Entropies and most probable tokens, from the distributions that predict texts' tokens; one tensor for many texts.
 
 No result is kept: evaluation/distributions.py reads the rows. Trainers pass rows of ids in place of texts.
 """
@@ -26,9 +26,10 @@ class Entropies:
     """The entropies of the distributions that predict tokens, of many texts in one tensor.
 
     Attributes:
-        entropies: text behind text, `(tokens,)`, nats, float64 for a model in float64 and else float32; nan for a token
-            without a prediction.
-        offsets: where the tokens of each text start, and the end of the last text, `(texts + 1,)`, int64, on the CPU.
+        entropies: those of all texts, one text after the other, `(tokens,)`, nats, float64 for a model in float64 and
+            else float32; nan for a token without a prediction.
+        offsets: the index of the first token of each text, and the end of the last text, `(texts + 1,)`, int64, on the
+            CPU.
 
     """
 
@@ -45,11 +46,12 @@ class TopLogprobs:
     """The most probable tokens at the position of each token, of many texts in two tensors.
 
     Attributes:
-        logprobs: text behind text, `(tokens, k)`, in falling order, nats, float64 for a model in float64 and else
-            float32; nan for a token without a prediction.
-        token_ids: of the most probable tokens, `(tokens, k)`; -1 for a token without a prediction. Tokens of equal
-            probability may stand in any order.
-        offsets: where the tokens of each text start, and the end of the last text, `(texts + 1,)`, int64, on the CPU.
+        logprobs: those of all texts, one text after the other, `(tokens, k)`, highest first, nats, float64 for a model
+            in float64 and else float32; nan for a token without a prediction.
+        token_ids: the ids of the most probable tokens, `(tokens, k)`; -1 for a token without a prediction. Tokens of
+            equal probability may stand in any order.
+        offsets: the index of the first token of each text, and the end of the last text, `(texts + 1,)`, int64, on the
+            CPU.
 
     """
 
@@ -109,7 +111,7 @@ def as_temperature(given: float) -> float:
 
 
 def as_top_k(session: TextSession, given: int, name: str) -> int:
-    """Return the wanted number of most probable tokens; `name` names the argument in errors.
+    """Return the requested number of most probable tokens as an int; `name` names the argument in errors.
 
     Raises:
         ValueError: the value is not an int from 1 to the size of the vocabulary.

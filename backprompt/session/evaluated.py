@@ -19,9 +19,9 @@ class Batch:
 
     The batch holds none of the texts, so that keeping one of a thousand does not keep the others.
 
-    The head's weights are read once per call, so one row of logits alone costs as much as a dozen together. The first
-    read computes the rows of its own text only. Each further read covers twice as many texts, its own and those after
-    it: reading one text costs one text, and reading all of them costs few calls.
+    A product with the output head reads all of the head's weights, so one row of logits costs as much as a dozen
+    together. The first read computes only the rows of its own text. Each further read covers twice as many texts: its
+    own and the texts after it. So reading one text costs one text, and reading all texts costs few products.
     """
 
     evaluator: Evaluator
@@ -36,7 +36,7 @@ class Batch:
         return evaluated
 
     def ahead_of(self, idx: int, what: str) -> list[Inserted]:
-        """Return the texts, from `idx` on, for which to compute the result `what` together."""
+        """Return the texts, from `idx` on, for which the result `what` is computed together."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
         indices = itertools.chain(range(idx, self._num_texts), range(idx))
@@ -61,22 +61,22 @@ class Evaluated:
 
     @property
     def inserted(self) -> Inserted:
-        """The text as it stands in the forest."""
+        """The text with its end in the forest."""
         return Inserted(self.end, self.token_ids)
 
     @property
     def is_computed(self) -> bool:
-        """Whether the states that results are read from are still held."""
+        """Whether the states that results are read from are still in memory."""
         return self.end.is_held()
 
     @property
     def has_keys_values(self) -> bool:
-        """Whether the text's keys and values are still held, too."""
+        """Whether the text's keys and values are still in memory, too."""
         return self.end.is_held(with_keys_values=True)
 
     @contextmanager
     def held(self, *, with_keys_values: bool = False) -> Iterator[Inserted]:
-        """Hold the states that results are read from, computed again if dropped; see `Evaluator.held`."""
+        """Keep the states that results are read from in memory; dropped ones are recomputed. See `Evaluator.held`."""
         with self.evaluator.held(self.token_ids, self.end, with_keys_values=with_keys_values) as end:
             self.end = end
             yield self.inserted

@@ -1,4 +1,4 @@
-"""Fingerprint: the identity of a model's weights and tokenizer, as the root of all keys names it.
+"""Fingerprint: the identity of a model's weights and tokenizer, from which all keys derive.
 
 A fingerprint keeps the monitor that notices changed weights, the content hash of the weights once it is known, and the
 checkpoint that remembers that hash between processes. Each state of the weights has a fingerprint of its own.
@@ -63,7 +63,7 @@ class Fingerprint:
         return self._monitor.has_changed()
 
     def has_other_parts(self) -> bool:
-        """Return whether the model has other parts now, rather than other numbers or adapters in the same parts."""
+        """Return whether the model has other parts now, not only other numbers or adapters in the same parts."""
         return self._monitor.parts.have_changed()
 
     @property
@@ -72,11 +72,11 @@ class Fingerprint:
         return self._monitor.adapters
 
     def has_moved(self) -> bool:
-        """Return whether weights have changed, as seen without their numbers, which would wait for a device."""
+        """Return whether weights have changed, without reading their numbers, which would wait for a device."""
         return self._monitor.has_moved()
 
     def root(self, *, in_store: bool = False) -> Root:
-        """Return the root of all keys, or with `in_store` of the keys of results that the store may have made inexact.
+        """Return the root of all keys; with `in_store`, the root for results that the store may have made inexact.
 
         The first use hashes every weight.
 
@@ -97,7 +97,7 @@ class Fingerprint:
         return Root(key, self._content, tokenizer, dtype, exactness)
 
     def renewed(self, tokenizer: PrivateTokenizer) -> Fingerprint | None:
-        """Hash every weight and the tokenizer again; return their fingerprint if it has changed, else None.
+        """Hash every weight and the tokenizer again; return the new fingerprint if either changed, else None.
 
         Raises:
             StaleRepresentationError: the weights change meanwhile.
@@ -108,18 +108,18 @@ class Fingerprint:
         if monitor.has_changed():
             raise StaleRepresentationError(_CHANGED_WHILE_HASHED)
         if self.checkpoint is not None:
-            self.checkpoint.forget_unless(weights)  # the entry may be wrong, or the weights changed
+            self.checkpoint.forget_unless(weights)  # the remembered hash may be wrong, or the weights have changed
         if (weights, tokenizer.fingerprint()) == (self._content, self.tokenizer.fingerprint()):
             return None
         return Fingerprint(self._model, tokenizer, self._store, monitor, weights)
 
     def _hash_weights(self) -> str:
-        """Return the content hash: the remembered one of the files if nobody else held the model, else a new one."""
+        """Return the content hash: that remembered for the files if no other code got the model, else a new one."""
         checkpoint = None if self._is_handed_out else self.checkpoint
         remembered = None if checkpoint is None else checkpoint.recall(self._model)
         if remembered is not None:
             return remembered
         weights = content_hash(self._model)
-        if checkpoint is not None and not self._is_handed_out:  # another thread may have done so meanwhile
+        if checkpoint is not None and not self._is_handed_out:  # another thread may have handed it out meanwhile
             checkpoint.remember(self._model, weights)
         return weights

@@ -29,7 +29,7 @@ class TextLimits:
     adapters: frozenset[int] = frozenset()
 
     def check(self, text: Text, token_ids: TokenIds, length: int | None = None) -> None:
-        """Raise if a text cannot be evaluated; `length`: the number of positions that evaluation takes, by default all.
+        """Raise if a text cannot be evaluated; `length`: the number of positions to evaluate, by default all.
 
         Raises:
             EmptyTextError, TokenIdError, TextTooLongError: the text is empty, has an unknown id, or is too long.
@@ -47,13 +47,13 @@ class TextLimits:
         self.check_length(repr(text), num_given + num_beside, length + num_beside, what)
 
     def check_all(self, texts: Sequence[Text], encoded: Sequence[TokenIds], lengths: Sequence[int]) -> None:
-        """Raise for the first text that cannot be evaluated; see `check`. `lengths`: the positions that each takes."""
+        """Raise for the first text that cannot be evaluated; see `check`. `lengths`: the positions to evaluate."""
         if not self.are_fine(encoded, lengths):
             for text, token_ids, length in zip(texts, encoded, lengths, strict=True):
                 self.check(text, token_ids, length)
 
     def are_fine(self, encoded: Sequence[TokenIds], lengths: Sequence[int]) -> bool:
-        """Return whether the extremes of all texts together show that each text can be evaluated."""
+        """Return whether the extreme ids and lengths of all texts together show that each text can be evaluated."""
         all_ids = list(map(flat, encoded))
         if not all(all_ids):
             return False
@@ -95,13 +95,13 @@ class TextLimits:
         return int(token_id)
 
     def _plain(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Return ids without their adapters; other numbers are left as they are."""
+        """Return ids without their adapters; ids with numbers of unknown adapters stay as they are."""
         if self.adapters.issuperset(numbers_in(ids)):
             return plain(ids)
         return tuple(plain([token_id])[0] if number_of(token_id) in self.adapters else token_id for token_id in ids)
 
     def _num_beside(self, token_ids: TokenIds) -> int:
-        """Return the number of tokens beside others at the same positions, if the model's limit counts them."""
+        """Return the number of tokens that share a position with another token, if the model's limit counts tokens."""
         return len(flat(token_ids)) - num_positions(token_ids) if self.model.counts_tokens else 0
 
     def _check_ids(self, text: Text, ids: tuple[int, ...]) -> None:
@@ -121,7 +121,7 @@ class TextLimits:
             shown: the text, for the message.
             num_given: the number of tokens or positions of the text, as `what` says.
             length: the number of positions that its evaluation takes.
-            what: the name of the counted things.
+            what: the name of the counted units, "tokens" or "positions".
 
         """
         limits = self.model

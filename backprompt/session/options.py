@@ -16,7 +16,7 @@ from backprompt.tokens.joins import JOINS, Joins
 
 @dataclass(frozen=True)
 class Options:
-    """The options of an `LM`, which its docstring describes."""
+    """The options of an `LM`, described in the docstring of `LM`."""
 
     joins: Joins = "exact"
     add_special_tokens: bool = True

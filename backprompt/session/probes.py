@@ -1,8 +1,8 @@
 """Probes: the findings of the probe about a model, so that new numbers in the same parts are not probed again.
 
-The probe compares a small tree with plain calls, which takes longer than a step of training may wait. Its verdict is
-about the model's code. Numbers of weights change from step to step, and adapters are switched on and off; each state
-of the adapters is probed once. All is forgotten when the model gets other parts.
+The probe compares a small tree with plain calls, which takes too long for each step of a training. Its verdict is about
+the model's code. Numbers of weights change from step to step, and adapters are switched on and off; each state of the
+adapters is probed once. All findings are forgotten when the model gets other parts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Probes:
         self._found: dict[tuple[str, ...], Probed] = {}
 
     def pass_on(self, before: Fingerprint, old: Computation, after: Fingerprint, new: Computation) -> None:
-        """Spare a new computation the probe, if a model of the same parts, in the same state of adapters, had it.
+        """Let a new computation skip the probe if the same parts were probed in the same state of the adapters.
 
         Args:
-            before, old: the state that ends, and its computation.
-            after, new: the state that begins, and its computation.
+            before, old: the fingerprint and the computation of the state that ends.
+            after, new: the fingerprint and the computation of the state that begins.
 
         """
         if old.probed is not None:
@@ -34,5 +34,5 @@ class Probes:
             new.probe_once(self._found[after.adapters])
 
     def forget(self) -> None:
-        """Let the next state be probed."""
+        """Forget all findings, so that the next state is probed."""
         self._found.clear()

@@ -40,8 +40,8 @@ class ModelRepr:
     """The representation of one text by one model.
 
     All tensors are detached copies on the model's device: changing them changes no cached tensor. Once the model's
-    weights have changed, reading anything but `num_tokens` and `input_ids` raises `StaleRepresentationError`; results
-    that were already computed may be read until an evaluation notices the change.
+    weights have changed, reading the key or a tensor other than `input_ids` raises `StaleRepresentationError`. Results
+    that were already computed can be read until an evaluation notices the change.
     """
 
     def __init__(self, session: Session, evaluated: Evaluated) -> None:
@@ -75,17 +75,17 @@ class ModelRepr:
 
     @property
     def stored_error(self) -> float:
-        """The largest relative error of the keys, values and hidden states that the results were read from or use.
+        """The largest relative error of the keys, values and hidden states behind the results.
 
         The error is 0 unless the `LM`'s store uses fewer bits (`DiskStore(path, dtype="int8")`) and a part came from
-        there; then `key` differs from that of the exact representation.
+        the store. Then `key` differs from that of the exact representation.
         """
         with self._session.exclusive():
             return max(span.error for span in self._evaluated.end.closure())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the text's keys, values, hidden states and log-probabilities take when all of them are held."""
+        """The bytes of the text's keys, values, hidden states and log-probabilities when all of them are in memory."""
         return _num_bytes(self._evaluated.evaluator, self._evaluated.end)
 
     @property
@@ -114,15 +114,15 @@ class ModelRepr:
 
     @property
     def hidden_states(self) -> Tensor:
-        """Final hidden states, which the output head reads, `(tokens, hidden)`, in the model's dtype."""
+        """Final hidden states, the input of the output head, `(tokens, hidden)`, in the model's dtype."""
         with self._held() as (evaluator, text):
             return evaluator.readout.hidden_states(text)
 
     def all_logits(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the logits after each of the tokens `start..stop`, `(tokens, vocab)`.
 
-        Row i scores the token after token `start + i`. Indices work as in Python's slices. A whole text's logits are
-        large (tokens x vocab): ask for the rows that you need.
+        Row i has the logits of the token after token `start + i`. Indices work as in Python's slices. A whole text's
+        logits are large (tokens x vocab): request only the rows that you need.
         """
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         with self._session.exclusive():
@@ -145,11 +145,11 @@ class ModelRepr:
 
         The weights are those of the plain call with `output_attentions=True` and eager attention, in float32 at least;
         for texts with groups, under the declared mask. They add up to 1 over the keys, or to less where a model has
-        attention sinks. A whole map is large (layers x heads x tokens x tokens): ask for the part that you need.
+        attention sinks. A whole map is large (layers x heads x tokens x tokens): request only the part that you need.
 
-        Only the chosen rows are forwarded once more, up to the last chosen layer, against the keys that are held.
-        Weights are kept in a pool of 64 MB, where the same call finds them again, also for another text with the same
-        token ids.
+        Only the chosen rows are forwarded once more, up to the last chosen layer, against the keys in memory. Weights
+        are kept in a pool of 64 MB, where the same call finds them again, also for another text with the same token
+        ids.
 
         Args:
             layers: indices of layers with attention, as in Python's sequences; None for all.
@@ -174,10 +174,10 @@ class ModelRepr:
     def past_key_values(self) -> DynamicCache:
         """Return a fresh copy of all keys and values, batch 1, for `model(...)` and `model.generate`.
 
-        The cache covers every token of the text: `model(new_ids, past_key_values=...)` takes the ids after it,
-        `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: given only the text's
-        own ids, `generate` forwards them a second time. To generate directly behind the text, take the cache of all
-        tokens but the last: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which forwards no token.
+        The cache covers every token of the text. `model(new_ids, past_key_values=...)` takes only the ids behind the
+        text, `model.generate(text_ids_and_new_ids, past_key_values=...)` all ids. New ids are required: with only the
+        text's own ids, `generate` forwards them a second time. To generate directly behind the text, use the cache of
+        all tokens but the last: `Text.from_tokens(text.tokens[:-1], lm)().past_key_values()`, which forwards no token.
 
         Raises:
             GroupError: the text has groups or frozen segments, whose positions a cache of transformers cannot express.
@@ -204,23 +204,23 @@ class ModelRepr:
     def _token_logprobs(self) -> Tensor:
         if self._evaluated.is_computed:
             scored = self._evaluated.evaluator.readout.scored_logprobs(self._evaluated.inserted)
-            if scored is not None:  # nothing is computed, so nothing has to be held for it
+            if scored is not None:  # no computation is needed, so no states have to be held
                 return scored
         with self._held() as (evaluator, text):
             return evaluator.readout.token_logprobs(text, partial(self._read_ahead, "token_logprobs"))
 
     @contextmanager
     def _held(self, *, with_keys_values: bool = False) -> Iterator[tuple[Evaluator, Inserted]]:
-        """Hold the lock and the text in the evaluator, which computes a dropped text again."""
+        """Hold the lock, and keep the text in memory; a dropped text is computed again."""
         with self._session.exclusive():
             self._check_evaluator(self._session.evaluator)
             if not self._evaluated.is_computed or (with_keys_values and not self._evaluated.has_keys_values):
-                self._check_current()  # something will be computed
+                self._check_current()  # a computation follows
             with self._evaluated.held(with_keys_values=with_keys_values) as text:
                 yield self._evaluated.evaluator, text
 
     def _check_current(self) -> None:
-        """Raise if the weights have changed, before something is computed with them."""
+        """Raise if the weights have changed; called before a computation with them."""
         self._check_evaluator(self._session.current())
 
     def _check_evaluator(self, current: Evaluator) -> None:
@@ -231,13 +231,13 @@ class ModelRepr:
             )
 
     def _read_ahead(self, what: str) -> list[Inserted]:
-        """Return the texts to compute `what` for along with this one; called only before a computation."""
+        """Return the texts whose result `what` is computed along with this one's; called only before a computation."""
         self._check_current()
         return self._evaluated.batch.ahead_of(self._evaluated.batch_idx, what)
 
 
 def result(session: Session, text: Text, name: Result) -> Tensor:
-    """Return a result of a text; for a held text the lock is taken once."""
+    """Return a result of a text; if the text is in memory, the lock is taken only once."""
     with session.exclusive():
         found = session.held(text)
         if found is not None:
@@ -283,7 +283,7 @@ def attention_of(
 def _held_together(
     asked: Sequence[tuple[TokenIds, Chosen]], max_tokens: int
 ) -> Iterator[Sequence[tuple[TokenIds, Chosen]]]:
-    """Yield texts that are held at the same time: at most `max_tokens` tokens together, or one text."""
+    """Yield groups of texts to keep in memory together: one text, or several of at most `max_tokens` tokens in all."""
     start, num_tokens = 0, 0
     for idx, (token_ids, _) in enumerate(asked):
         num_tokens += len(token_ids)
@@ -300,10 +300,10 @@ def check_current(model_repr: ModelRepr) -> None:
 
 
 class Pin:
-    """Holds all of a text's representation within the `LM`'s budget, until the pin is released.
+    """Keeps a text's whole representation in memory, within the `LM`'s budget, until the pin is released.
 
     A context manager: `with text.pin(): ...`. After a call of `lm.clear()` or a change of the model's weights, the pin
-    holds nothing, and releasing does nothing.
+    holds no results, and `release` does nothing.
     """
 
     def __init__(self, session: Session, evaluator: Evaluator, text: PinnedText) -> None:
@@ -323,7 +323,7 @@ class Pin:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the budget that the pin takes alone; the budget counts tokens shared between pins once."""
+        """The bytes that the pin would take by itself; in the budget, tokens shared between pins count once."""
         is_held = self._evaluator.is_pinned(self._text)
         return _num_bytes(self._evaluator, self._text.end) if is_held and self._text.end is not None else 0
 
@@ -334,7 +334,7 @@ class Pin:
 
 
 def pinned(session: Session, text: Text) -> Pin:
-    """Evaluate a text and hold all of it until the pin is released; see `Text.pin`."""
+    """Evaluate a text and return a pin that keeps all of it in memory; see `Text.pin`."""
     (text,) = session.own_texts([text])
     held = PinnedText()
     try:

@@ -1,8 +1,9 @@
 """Room: the part of the byte budget that generations may hold at once.
 
-Keeps the generations that have room, and those that wait for room, in the order in which they came. A generation that
-waits holds nothing, so no two wait for each other. A generation with room whose next step nobody asks for gives up its
-room if another one waits: its texts may be evicted, and its next step waits for room and computes them again.
+Keeps the generations that have room, and those that wait for room, in the order in which they came. A waiting
+generation holds no texts in memory, so no two generations wait for each other. A generation with room may be idle: no
+caller requests its next step. If another generation waits, the idle one loses its room. Its texts may then be evicted,
+and its next step waits for room and computes them again.
 
     has room    generation 1: 3 texts with 20 new tokens each, behind a common beginning of 30 tokens
     wait        generation 2, which needs more than is left; generation 3, which came later
@@ -24,7 +25,7 @@ from backprompt.session.sharing import caller, cancellation
 from backprompt.tokens.graph import TokenIds
 
 IDLE_SECONDS = 0.1
-"""A generation that has taken no step for so long gives its room up to one that waits."""
+"""A generation that has taken no step for this time is idle, and loses its room if another generation waits."""
 
 MAX_SECONDS_TO_WAIT = 1.0
 """The longest time until a waiting generation notices that its task was cancelled."""
@@ -35,14 +36,14 @@ class Generation(Protocol):
 
     @property
     def prompts_to_hold(self) -> Sequence[TokenIds]:
-        """The prompts of the texts that are held, or will be after the next step."""
+        """The prompts of the texts that are in memory, or will be after the next step."""
 
     @property
     def num_new(self) -> int:
-        """The largest number of tokens that are held for one text behind its prompt."""
+        """The largest number of tokens that are kept in memory for one text behind its prompt."""
 
     def let_go(self) -> None:
-        """Hold nothing until the next step."""
+        """Hold no texts in memory until the next step."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Room:
     """The generations that share the budget of a session.
 
     Args:
-        lock: that of the session; held by the callers of all methods but `stepping` and `wait`.
+        lock: the lock of the session; held by the callers of all methods but `stepping` and `wait`.
 
     Attributes:
-        num_freed: how many times a generation has held or asked for less than before.
+        num_freed: the number of times that a generation needed less room than before.
 
     """
 
@@ -73,20 +74,20 @@ class Room:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a generation waits."""
+        """Whether a generation waits for room."""
         return bool(self._waiting)
 
     def num_bytes(self, evaluator: Evaluator, *more: Generation) -> int:
-        """Return the bytes that generations with room, and `more` ones, hold in the end, beside the pinned texts."""
+        """Return the bytes that the generations with room, the `more` ones and the pinned texts hold in the end."""
         held = [(generation.prompts_to_hold, generation.num_new) for generation in (*self._holding, *more)]
         prompts = [prompt for own, _ in held for prompt in own]
         return evaluator.num_bytes_to_grow(prompts, sum(len(own) * num_new for own, num_new in held))
 
     def admit(self, generation: Generation, evaluator: Evaluator, *, may_wait: bool) -> bool:
-        """Return whether a generation may take its next step; if so, it has room until it leaves; else it waits.
+        """Return whether a generation may take its next step. If so, it has room until it leaves; otherwise it waits.
 
-        A generation that does not fit the budget by itself has room when no other one has. Any thread may ask, also for
-        a step that was interrupted meanwhile; such a generation does not wait.
+        A generation that does not fit the budget by itself gets room when no other generation has room. Any thread may
+        call this, also for a step that was interrupted meanwhile; the generation of such a step does not wait.
         """
         if generation in self._holding or not generation.prompts_to_hold:
             return True
@@ -100,7 +101,7 @@ class Room:
         return True
 
     def leave(self, generation: Generation) -> None:
-        """Note that a generation holds nothing any more, and does not wait."""
+        """Note that a generation no longer holds texts in memory, and does not wait."""
         self._holding.discard(generation)
         self._waiting.pop(generation, None)
         self.note_freed()
@@ -112,7 +113,7 @@ class Room:
 
     @contextmanager
     def stepping(self, generation: Generation) -> Iterator[None]:
-        """Note that a step of a generation is asked for as long as the context lasts."""
+        """Note that a step of a generation is requested or in progress while the context lasts."""
         here = caller()
         self._steps[generation] = _LastStep(here)
         try:
@@ -124,7 +125,7 @@ class Room:
                     self._stop_waiting(generation)
 
     def wait(self, generation: Generation) -> None:
-        """Wait until a generation that was not admitted may be, or its task was cancelled."""
+        """Wait until a generation that was not admitted can be admitted, or its task was cancelled."""
         asked = cancellation.get()
         with self._changed:
             self._steps[generation] = _LastStep(caller())  # another thread may have ended a step of the same generation
@@ -141,7 +142,7 @@ class Room:
         self._changed.notify_all()
 
     def _is_next(self, generation: Generation) -> bool:
-        """Whether no other generation has waited for longer."""
+        """Return whether no other generation has waited longer."""
         return next(iter(self._waiting), generation) is generation
 
     def _stop_waiting(self, generation: Generation) -> None:
@@ -149,7 +150,7 @@ class Room:
         self.note_freed()
 
     def _makes_room(self, generation: Generation, evaluator: Evaluator) -> bool:
-        """Let others go until a generation fits; return False if it does not."""
+        """Take room from idle generations until this generation fits; return False if it does not fit."""
         asker = self._steps[generation].caller
         while self._holding and self.num_bytes(evaluator, generation) > evaluator.memory.max_bytes:
             if not self._let_one_go(asker):
@@ -157,9 +158,10 @@ class Room:
         return True
 
     def _let_one_go(self, asker: ref[Any]) -> bool:
-        """Let the generation give its room up whose step is longest ago; return False if all take steps.
+        """Take the room from the generation that has been idle longest; return False if none is idle.
 
-        The asker waits, so it asks for no step of the others that it reads.
+        The caller that waits, `asker`, requests no step of another generation meanwhile. So the generations whose last
+        step it requested are idle at once.
         """
         now = time.monotonic()
         idle = [

@@ -2,10 +2,10 @@
 
     texts --Encoder--> token ids --Forest, plan--> passes --Executor--> blocks of rows --> ModelRepr
 
-An `LM` has one session and hands it to the modules that work with texts: representations, generation, pictures,
-classification. The session keeps the lock that guards all of it, the current evaluator and encoder, the fingerprint of
-their weights and tokenizer, and the counters of work. When the weights or the tokenizer change, the session makes
-another evaluator, encoder and fingerprint.
+An `LM` has one session and passes it to the modules that work with texts: representations, generation, pictures,
+classification. The session keeps the lock that guards all of this state, the current evaluator and encoder, the
+fingerprint of their weights and tokenizer, and the counters of work. When the weights or the tokenizer change, the
+session makes another evaluator, encoder and fingerprint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from backprompt.tokens.tokenizer import PrivateTokenizer
 logger = logging.getLogger(__name__)
 
 MAX_RESULT_BYTES = 256 << 20
-"""Bound of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
+"""The limit of the pool of logit rows, which are large (200 kB in GPT-2) and cheap to compute again."""
 
 
 class Session(TextSession):
@@ -99,7 +99,7 @@ class Session(TextSession):
         private = PrivateTokenizer(tokenizer)
         if isinstance(options.store, (str, os.PathLike)):
             self.store = open_store(options.store)
-            weakref.finalize(self, self.store.close)  # nobody else can close it
+            weakref.finalize(self, self.store.close)  # no caller has this store to close it
         else:
             self.store = options.store
         self.fingerprint = Fingerprint(model, private, self.store)  # before the first use of the weights
@@ -113,7 +113,7 @@ class Session(TextSession):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Shut out other threads and the caller's torch settings; all results are of one state of the weights.
+        """Hold the lock, and suspend the caller's torch settings; all results are of one state of the weights.
 
         After any error inside, the evaluator recovers before its next use.
 
@@ -163,7 +163,7 @@ class Session(TextSession):
             line.places.pop(call, None)
 
     def answer_together(self, calls: Sequence[Call[Any]]) -> None:
-        """Answer calls, all calls of a kind together. If that fails, each call is left to its own thread."""
+        """Answer calls, all calls of a kind together. If that fails, the thread of each call answers it alone."""
         if len({call.together for call in calls}) > 1:
             calls = [*(ahead for call in calls for ahead in call.ahead()), *calls]
         for together in dict.fromkeys(call.together for call in calls):
@@ -172,7 +172,7 @@ class Session(TextSession):
             try:
                 with self.exclusive():
                     together(self.current(), own)
-            except Exception as error:  # its owner meets it again
+            except Exception as error:  # raised again in the thread of the call that caused it
                 logger.debug("%d calls are answered one by one: %s", len(own), error)
                 self.counters.tokens_requested = num_requested
                 for call in own:
@@ -183,17 +183,18 @@ class Session(TextSession):
 
     @property
     def is_nested(self) -> bool:
-        """Whether the call that finishes now is part of another one; the lock must be held."""
+        """Whether the call in progress is part of another call; the lock must be held."""
         return self._depth > 1
 
     def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Evaluator:
         """Return the evaluator of the weights and the tokenizer as they are now; the lock must be held.
 
-        The first call since the lock was taken looks at them, and `exclusive` looks again at the end of work.
+        The first call since the lock was taken checks both for changes, and `exclusive` checks again at the end of
+        work.
 
         Args:
-            with_weights: False for a look at the tokenizer only, which is enough to encode texts.
-            with_numbers: False for a look without the numbers of the weights. The caller looks at those later.
+            with_weights: False checks only the tokenizer, which is enough to encode texts.
+            with_numbers: False checks the weights without their numbers, which the caller checks later.
 
         """
         tokenizer = self.fingerprint.tokenizer
@@ -216,7 +217,7 @@ class Session(TextSession):
     def growing(self, expected: Evaluator | None) -> Iterator[Evaluator]:
         """Hold the lock and yield the evaluator for a step of a generation that was begun with `expected`.
 
-        A step looks at the numbers of the weights once, before a token is chosen: see `Computation.check_unchanged`.
+        A step checks the numbers of the weights once, before a token is chosen: see `Computation.check_unchanged`.
 
         Raises:
             StaleRepresentationError: the generation was begun with other weights.
@@ -244,7 +245,7 @@ class Session(TextSession):
             if not compare:
                 self._start_over(Fingerprint(self.model, tokenizer, self.store))
             elif (renewed := self.fingerprint.renewed(tokenizer)) is not None:
-                self._start_over(renewed, probe_again=True)  # settings of modules may have changed, which no look sees
+                self._start_over(renewed, probe_again=True)  # no check sees changed settings of modules
 
     def before_fork(self) -> None:
         """Take the lock, so that no other thread is in the middle of a change while the process is forked."""
@@ -281,7 +282,7 @@ class Session(TextSession):
         return distributions(self.current().computation, wanted, asked)
 
     def evaluate(self, texts: Sequence[Text]) -> list[Evaluated]:
-        """Evaluate the texts, computing only missing spans; the lock must be held."""
+        """Evaluate the texts and return them; only missing spans are computed. The lock must be held."""
         evaluator = self.current()
         found = zip(texts, map(self._evaluated.get, texts), strict=True) if self._evaluated else ()
         known = {text: evaluated for text, evaluated in found if evaluated is not None and evaluated.is_computed}
@@ -300,7 +301,7 @@ class Session(TextSession):
         return [known[text] for text in texts]
 
     def evaluated(self, texts: Sequence[Text], *, begins: bool) -> list[Evaluated]:
-        """Evaluate the texts, along with those of other calls; `begins`: count an evaluation even if none is needed."""
+        """Evaluate the texts along with those of other calls; `begins`: count an evaluation even if none is needed."""
 
         def alone() -> list[Evaluated]:
             if begins:
@@ -323,15 +324,15 @@ class Session(TextSession):
         return self.answer(TextsCall(alone, needed, answer))
 
     def read(self, text: Text) -> Evaluated:
-        """Return a text for a look at its results, evaluated if it is not held."""
+        """Return an evaluated text to read results from; it is evaluated now if its states are not in memory."""
         with self.exclusive():
             found = self.held(text)
         return self.evaluated([text], begins=False)[0] if found is None else found
 
     def held(self, text: Text) -> Evaluated | None:
-        """Return a text for a look at its results if they are held; the lock must be held.
+        """Return an evaluated text if its states are in memory, else None; the lock must be held.
 
-        Such a look requests no tokens, and takes half as long as an evaluation.
+        This requests no tokens, and takes half as long as an evaluation.
         """
         evaluator = self.current()
         found = self._evaluated.get(text)
@@ -341,7 +342,7 @@ class Session(TextSession):
         return found
 
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
-        """Return the ends of texts that were evaluated and whose states are still held; the lock must be held."""
+        """Return the end of each text whose states are in memory, else None; the lock must be held."""
         if not self._evaluated:
             return [None] * len(texts)
         found = map(self._evaluated.get, texts)
@@ -388,8 +389,8 @@ class Session(TextSession):
     def _start_over(self, fingerprint: Fingerprint, *, probe_again: bool = False) -> None:
         """Start over with the current model and tokenizer, which `fingerprint` names.
 
-        Nothing changes if the model can no longer be evaluated.
-        An error on the way leaves the old evaluator closed; `current` sees that and starts over once more.
+        If the model can no longer be evaluated, the session stays unchanged. After a later error the old evaluator is
+        closed; `current` notices this and starts over once more.
         """
         logger.info("Weights or tokenizer have changed: dropping all results of the old ones.")
         evaluator = self._make_evaluator(fingerprint)

@@ -1,12 +1,12 @@
-"""Texts that are prompts with ends of token ids, as scored completions behind these prompts.
+"""Scores of texts that consist of a prompt and an end of token ids: completions behind shared prompts.
 
     prompts = [Text.from_tokens(ids, lm) for ids in all_ids]
     ends = [Text.from_tokens(ids, lm) for ids in completions]
     lm.token_logprobs([prompt + end for prompt in prompts for end in ends])
 
-Such texts are recognised by the way they were built: prompts by identity, ends by their ids, shared or not. The ids of
-whole texts are never joined, checked or inserted one by one. The scores of a prompt's own tokens are read once, and
-copied to each text that is scored from a start within the prompt.
+Such texts are recognised by the way in which they were built: prompts by identity, ends by their ids, shared or not.
+The ids of whole texts are never joined, checked or inserted one by one. The scores of a prompt's own tokens are read
+once, and copied to each text that is scored from a start within the prompt.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from backprompt.tokens.graph import TokenGraph, TokenIds, ends_in_group, is_begi
 def scores_of_shared_ends(
     session: TextSession, texts: Sequence[Text], starts: Sequence[Text | int]
 ) -> ScoredTexts | None:
-    """Return the scores of texts; None for texts to be scored one by one. The lock must be held.
+    """Return the scores of texts; None if the texts must be scored one by one. The lock must be held.
 
-    The texts must be prompts with several ends of token ids each, each start a beginning of the prompt, and none of the
-    texts evaluated.
+    The texts must be prompts with several ends of token ids each, each start must be a beginning of its prompt, and no
+    text may have been evaluated.
     """
     grouped = _grouped(texts)
     if grouped is None:
@@ -66,8 +66,8 @@ def scores_if_fine(session: TextSession, behind: Sequence[Behind]) -> TokenScore
 
 
 def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list[int]:
-    """Return the number of a prompt's tokens scored from each start; none if a start is not its beginning."""
-    num_of: dict[int, int] = {}  # by identity: one start is that of many texts
+    """Return the number of the prompt's tokens from each start on; nothing if a start is not its beginning."""
+    num_of: dict[int, int] = {}  # by identity: many texts have the same start
     for start in starts:
         if id(start) not in num_of:
             if isinstance(start, (tuple, TokenGraph)):
@@ -81,13 +81,13 @@ def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list
 
 
 def _joined(scores: TokenScores, behind: Sequence[Behind], nums_own: Sequence[Sequence[int]]) -> ScoredTexts:
-    """Return the scores of whole texts, from those of each prompt's own tokens and of its completions."""
+    """Return the scores of whole texts, made of the scores of each prompt's own tokens and of its completions."""
     lengths = _ints(chain.from_iterable(map(len, of.shape.completions) for of in behind))
     own = _ints(chain.from_iterable(nums_own))
     if not own.any():
         return ScoredTexts(scores, lengths.tolist())
-    # Before the completions of a text stand those of the texts before it, and the own tokens of its prompt and of
-    # those before it.
+    # The scores before a text's completion: the completions of earlier texts, and the own tokens of its prompt and of
+    # earlier prompts.
     num_texts = [len(of.shape.completions) for of in behind]
     stops = np.cumsum(lengths) + np.repeat(np.cumsum([of.num_own for of in behind]), num_texts)
     own_stops = np.repeat(
@@ -102,7 +102,7 @@ def _ints(numbers: Iterable[int]) -> Ints:
 
 
 def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
-    """Return the prompts of texts in order, and the ends behind each; None for other texts."""
+    """Return the prompts of texts in order, and the ends behind each; None if the texts are of another form."""
     both = list(map(sides, texts))
     prompts: list[Text] = []
     ends: list[tuple[Text, ...]] = []
@@ -128,7 +128,7 @@ def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
 
 
 def _token_ids_of(ends: Sequence[Text]) -> tuple[tuple[int, ...], ...] | None:
-    """Return the ids of texts that are token ids; None for others."""
+    """Return the ids of texts of one segment of token ids each; None if a text is of another form."""
     found: list[tuple[int, ...]] = []
     for end in ends:
         segments = end.segments

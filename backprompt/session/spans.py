@@ -1,4 +1,4 @@
-"""Spans of a text's tokens that callers name: by extents, slices, or other objects with a start and a stop."""
+"""Spans of a text's tokens as callers give them: extents, slices, or other objects with a start and a stop."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from backprompt.visible import abbreviated
 
 
 class Bounds(Protocol):
-    """The bounds of tokens that stand one behind the other, such as an `Extent` or a slice."""
+    """The bounds of consecutive tokens, such as an `Extent` or a slice."""
 
     @property
     def start(self) -> Any:
-        """The first token."""
+        """The index of the first token."""
 
     @property
     def stop(self) -> Any:
-        """The token behind the last."""
+        """The index of the token behind the last one."""
 
 
 def bounds_of(over: Iterable[Bounds], num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """Return the bounds of spans, each within `0..num_tokens`; slices work as in Python.
+    """Return the start and stop of each span, within `0..num_tokens`; slices work as in Python.
 
     Raises:
         TextTypeError: `over` is not a sequence.

@@ -15,33 +15,33 @@ class Stats:
     """The work of an `LM` so far and the bytes that it holds; `after - before` is the change in between.
 
     Attributes:
-        tokens_requested: sum of the texts' tokens over all evaluations; reading a result of a held text adds none.
+        tokens_requested: sum of the texts' tokens over all evaluations; reading a result of a text in memory adds none.
         tokens_computed: tokens forwarded through the model.
-        tokens_recomputed: the computed tokens that had been forwarded before: dropped over the budget, or rows of
+        tokens_recomputed: the computed tokens that had been forwarded before: they were evicted, or are rows of
             attention maps.
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
         tokens_reused: requested minus forwarded tokens: cached, shared, or scored without being forwarded.
         forward_passes: forward passes.
-        model_calls: calls of the model's body: one a packed pass, several a pass by levels.
+        model_calls: calls of the model's body: one for each packed pass, several for each pass by levels.
         logit_rows: rows of logits computed by the output head.
-        steps_replayed: steps of generations that a CUDA graph computed, as it was recorded in an earlier step.
+        steps_replayed: steps of generations computed by a CUDA graph that an earlier step recorded.
         steps_recorded: steps of generations in which a CUDA graph was recorded.
         steps_plain: steps of generations without a CUDA graph, of texts that grow in place: all of them on the CPU.
         seconds: time in forward passes and in the output head.
-        bytes_held: keys, values, hidden states and log-probabilities held now on the device.
-        host_bytes_held: the same results, held now in the second pool, in host memory.
-        result_bytes_held: rows of logits, attention maps, and log-probabilities of tokens that were scored and not
-            forwarded, held now in bounded pools of their own.
+        bytes_held: bytes of keys, values, hidden states and log-probabilities that are on the device now.
+        host_bytes_held: bytes of such results that are in the second pool, in host memory, now.
+        result_bytes_held: bytes of rows of logits, of attention maps, and of log-probabilities of tokens that were
+            scored and not forwarded, in bounded pools of their own now.
         graph_bytes: the memory of CUDA graphs, in addition to `memory_bytes`: at most a 16th of the memory that was
             free when the `LM` was made. `lm.clear()` frees it, and so does a pass that is short of memory.
-        weight_bytes: the weights of the model as they are held; of quantized ones the integers and scales.
-        packed_weight_bytes: copies of weights in the order that kernels need: the copies that `pack_weights` makes,
-            copies of int8 layers on the CPU, of the output head on CUDA, and of 4-bit weights of bitsandbytes that the
-            model's first plain call would reorder.
+        weight_bytes: bytes of the model's weights; for quantized weights, of their integers and scales.
+        packed_weight_bytes: bytes of copies of weights in the order that kernels need: the copies that `pack_weights`
+            makes, copies of int8 layers on the CPU, of the output head on CUDA, and of 4-bit weights of bitsandbytes
+            that the model's first plain call would reorder.
         kernel: the attention kernel in use.
         linears: the code that multiplies linear layers: "torch", "onednn" (see `model/linear.py`) or "onednn, packed";
-            ", int8" is added where torch's kernels for int8 serve (see `model/int8.py`), and ", padded head" where the
+            with ", int8" if torch's kernels for int8 are used (see `model/int8.py`), and with ", padded head" if the
             head has a padded copy of its weight (see `model/padded.py`).
 
     """

@@ -1,4 +1,4 @@
-"""Scores of the tokens of texts, and of tokens behind texts, without forwarding the tokens for them."""
+"""Scores of the tokens of texts, and of tokens behind texts; a scored last token is not forwarded for its score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backprompt.tokens.graph import TokenIds, flat, is_beginning
 
 
 def token_scores(session: TextSession, texts: Iterable[Text], starts: Iterable[Text | int] | None) -> ScoredTexts:
-    """Return the scores of each text's tokens from its start on; see `LM.token_scores`. There is a text."""
+    """Return the scores of each text's tokens from its start on; see `LM.token_scores`."""
     texts = session.own_texts(texts)
     given = given_starts(texts, starts)
 
@@ -68,11 +68,11 @@ def given_starts(texts: Sequence[Text], starts: Iterable[Text | int] | None) -> 
 
 
 def scores_behind(session: TextSession, prompts: Sequence[Behind]) -> ScoredTexts:
-    """Return the scores of completions behind prompts, of each prompt those of all its completions, one tensor for all.
+    """Return the scores of completions behind prompts, with one length for all completions of a prompt.
 
     Args:
         session: the session of the prompts.
-        prompts: the ids of each prompt (see `Session.prompt_ids`), and its completions. The caller has checked that
+        prompts: the ids of each prompt (see `TextSession.prompt_ids`), and its completions. The caller has checked that
             they can be evaluated.
 
     """
@@ -90,7 +90,7 @@ def scores_behind(session: TextSession, prompts: Sequence[Behind]) -> ScoredText
 
 
 def scores_of_ids(session: TextSession, prompts: Sequence[Behind]) -> ScoredTexts | None:
-    """Return the scores of completions behind prompts, of each completion its own; None if one cannot be evaluated."""
+    """Return the scores of completions behind prompts, with a length for each; None if one cannot be evaluated."""
     with session.exclusive():
         session.current()
         found = scores_if_fine(session, prompts)
@@ -99,7 +99,7 @@ def scores_of_ids(session: TextSession, prompts: Sequence[Behind]) -> ScoredText
 
 
 def scores_of_next(session: TextSession, texts: Sequence[tuple[TokenIds, Sequence[int]]]) -> ScoredTexts:
-    """Return the scores of tokens that may follow texts of ids; the caller has checked that they can be evaluated."""
+    """Return the scores of tokens that may follow texts of ids; the caller has checked the texts."""
     return scores_of_wanted(session, [Wanted(ids, len(ids), own) for ids, own in texts])
 
 

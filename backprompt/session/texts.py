@@ -1,8 +1,8 @@
 """TextSession: texts and their token ids, independent of the place where results are computed.
 
 A session knows a tokenizer, the limits of a model, and the ids of texts. Subclasses decide where results are computed:
-a `Session` computes them itself; others send the ids elsewhere. Functions for scores need only `scoring` and
-`distributions`.
+a `Session` computes them itself; other subclasses send the ids to other processes. Functions for scores need only
+`scoring` and `distributions`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ScoresTexts(Protocol):
     def token_scores(
         self, texts: Iterable[TokenIds], starts: Iterable[int], ends: Sequence[Span | None]
     ) -> ScoredTexts:
-        """Return the scores of the tokens of texts, from a token of each on; `ends`: of those that are computed."""
+        """Return the scores of each text's tokens from its start on; `ends`: the ends of computed texts, else None."""
 
     def scored(self, wanted: Sequence[Wanted]) -> ScoredTexts:
         """Return the scores of the wanted tokens of texts, and of tokens that may follow them."""
@@ -47,15 +47,15 @@ class ScoresTexts(Protocol):
 
 
 class TextSession(ABC):
-    """A model's texts.
+    """The texts of one model: their token ids, limits and scores.
 
     Attributes:
         tokenizer: the user's tokenizer; never changed.
         options: checked options.
         counters: the work that was done since the session began.
         encoder: turns texts into token ids.
-        num_workers: the number of workers that share a call; callers that cut long work make slices this many times
-            larger.
+        num_workers: the number of workers that share a call. Callers that cut long work into slices make each slice
+            this many times larger.
 
     """
 
@@ -67,16 +67,16 @@ class TextSession(ABC):
 
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
-        """Shut out other threads; all results are of one state of the weights."""
+        """Hold the lock; all results inside are of one state of the weights."""
 
     def answer(self, call: Call[Answer]) -> Answer:
-        """Return the answer to a call; where passes are computed here, along with the calls of other threads."""
+        """Return the answer to a call; a session that computes passes itself answers other threads' calls with it."""
         with self.exclusive():
             return call.finish()
 
     @abstractmethod
     def current(self, *, with_weights: bool = True, with_numbers: bool = True) -> Any:
-        """Notice changed weights and a changed tokenizer; the lock must be held."""
+        """Check for changed weights and a changed tokenizer; the lock must be held."""
 
     @property
     @abstractmethod
@@ -109,7 +109,7 @@ class TextSession(ABC):
 
     @abstractmethod
     def computed_ends(self, texts: Sequence[Text]) -> list[Span | None]:
-        """Return the ends of texts that were evaluated here and whose states are still held; the lock must be held."""
+        """Return the end of each text whose states are in memory here, else None; the lock must be held."""
 
     # Texts and their ids
 
@@ -143,7 +143,7 @@ class TextSession(ABC):
         return [before_last(token_ids) for token_ids in self.encoder.encode(followed)]
 
     def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
-        """Return the ids of texts as if more text followed: without the tokens that a tokenizer appends at an end.
+        """Return the ids of texts as if more text followed: without the special tokens that end a whole string.
 
         Raises:
             GroupError: a text ends in a group, so no single token stands before the next one.
@@ -158,7 +158,7 @@ class TextSession(ABC):
             return found
 
     def ids_to_continue(self, texts: Sequence[Text], max_new_tokens: int) -> list[TokenIds]:
-        """Return and count the ids of texts to be continued.
+        """Return the ids of texts to be continued, and count them as requested.
 
         Raises:
             TextTooLongError: there is no room for `max_new_tokens`.
@@ -177,7 +177,7 @@ class TextSession(ABC):
     def checked_ids(
         self, texts: Sequence[Text], starts: Sequence[int] = (), *, is_scoring: bool = False
     ) -> list[TokenIds]:
-        """Return the token ids of texts that can be evaluated, and count them; the lock must be held.
+        """Return the token ids of texts, checked and counted as requested; the lock must be held.
 
         `is_scoring`: the texts are only scored, from `starts` on.
         """
@@ -208,21 +208,21 @@ class TextSession(ABC):
     # Strings
 
     def completion_ids(self, strings: Sequence[str], *, is_continuation: bool = False) -> list[tuple[int, ...]]:
-        """Return the ids of each string encoded by itself, without special tokens; see classify/completions.py."""
+        """Return the ids of each string, encoded separately and without special tokens; see classify/completions.py."""
         with self.exclusive():
             self.current()
             return self.private_tokenizer.encode(strings, is_continuation=is_continuation) if strings else []
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """The strings that are one token each and take no space behind them: special and added tokens like <think>."""
+        """The strings of one token each that need no space behind them: special and added tokens like <think>."""
         with self.exclusive():
             self.current()
             return self.private_tokenizer.added_tokens
 
     @property
     def needs_space_between(self) -> bool:
-        """Whether "a b" is encoded like "a" and " b", not like "a" and "b" (the way of SentencePiece)."""
+        """Whether "a b" is encoded like "a" and " b", and not like "a" and "b" (as with SentencePiece)."""
         both, first, second = self.completion_ids(["a b", "a", "b"])
         return both != first + second
 

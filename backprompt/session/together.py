@@ -1,7 +1,8 @@
-"""Calls about texts: the requests of several threads, computed as one forest and scored with one reading.
+"""Calls about texts: the requests of several threads, computed as one forest and scored together.
 
-Each call says which of its texts must be computed and scored. All of them go into the forest together, as the texts of
-one call would, so any part that calls have in common is computed once, in as few passes as possible.
+Each call says which of its texts must be computed and scored. The texts of all calls are inserted into the forest
+together, like the texts of one call. So a part that calls have in common is computed once, in as few passes as
+possible.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from backprompt.session.sharing import Answer, Call
 
 
 class Needed(NamedTuple):
-    """Texts to be computed and scored, and the ends of those that are in the forest."""
+    """Texts to be computed and scored, and the end of each text that is in the forest, else None."""
 
     items: Sequence[Wanted | Behind]
     known: Sequence[Span | None]
 
     @classmethod
     def new(cls, items: Sequence[Wanted | Behind]) -> Needed:
-        """Return texts of which none is known to be in the forest."""
+        """Return texts that are not known to be in the forest."""
         return cls(items, [None] * len(items))
 
 
 class Found(NamedTuple):
-    """Texts and prompts of a call, the end of each, and the scores that it wanted; and the batch of all calls."""
+    """The results of a call: its texts and prompts, their ends and their scores, and the batch of all calls."""
 
     batch: Batch
     items: Sequence[Wanted | Behind]
@@ -42,19 +43,20 @@ class Found(NamedTuple):
 
 
 def scores_found(found: Found) -> ScoredTexts:
-    """Return the scores of a call's texts, as tensors of their own: views would keep those of all calls in memory."""
+    """Return copies of the scores of a call's texts: views would keep the scores of all calls in memory."""
     scores, lengths = found.scores.scores, found.scores.lengths
     return ScoredTexts(TokenScores(scores.logprobs.clone(), scores.is_argmax.clone()), lengths)
 
 
 class TextsCall(Call[Answer]):
-    """A question about texts.
+    """A call about texts.
 
     Args:
-        alone: answers it; the lock is held.
-        needed: returns the texts to compute for it; raises the errors of texts that cannot be evaluated. None if the
-            question cannot be answered along with others, or nothing is missing.
-        answer: makes the answer from the results; None if `alone` answers from results that are held by then.
+        alone: returns the answer, computed for this call alone; the lock is held.
+        needed: returns the texts to compute for the call, and raises the errors of texts that cannot be evaluated.
+            Returns None if the call cannot be answered along with others, or if no result is missing.
+        answer: makes the answer from the results that were computed with others. If it is None, `alone` makes the
+            answer, and finds these results in memory.
 
     """
 
@@ -75,12 +77,12 @@ class TextsCall(Call[Answer]):
 
     @staticmethod
     def together(evaluator: Evaluator, calls: Sequence[TextsCall[Answer]]) -> None:
-        """Compute the needs of calls in one go. A call whose texts cannot be evaluated is left to its own thread."""
+        """Compute the texts of all calls together. A call whose texts cannot be evaluated is left to its own thread."""
         parts: list[tuple[TextsCall[Answer], Needed]] = []
         for call in calls:
             try:
                 needed = call.needed()
-            except Exception:  # its owner meets it again
+            except Exception:  # raised again in the thread of the call
                 needed = None
             if needed is None:
                 call.is_alone = True

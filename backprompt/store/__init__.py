@@ -1,8 +1,8 @@
-"""The prompt representation database: results of one process, found later by another.
+"""The prompt representation database: one process stores results, and another process finds them later.
 
 The folder may import keys and the names of tensors. It imports no forest and no model: the archive
-(`evaluation/archive.py`) connects them.
-A new store implements `Store` of `base.py` in a module here; `memory.py` is the simplest example. Users hand the store
+(`evaluation/archive.py`) connects them with stores.
+A new store implements `Store` of `base.py` in a module here; `memory.py` is the simplest example. Users pass the store
 to an `LM`. A new tensor of an entry goes into `schema.py`.
 """
 

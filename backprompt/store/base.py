@@ -1,10 +1,10 @@
 """The contract of a store of representations.
 
-An entry is the representation of one run of tokens behind a given text. Keys belong to positions: `start` names
-everything before the first token, `end` everything up to the last token, so the two name the entry. Another process
-that cuts the same text elsewhere still finds the entry: the process looks up entries that start at the key that it has
-reached, takes the longest common prefix of the token ids, and continues behind this prefix. The first rows of an entry
-are valid alone, since attention is causal.
+An entry is the representation of one run of tokens behind a given text. Keys belong to positions: `start` is the key of
+all tokens before the first one, `end` the key of all tokens up to the last one. The two keys name the entry. Another
+process that cuts the same text elsewhere still finds the entry: the process looks up entries that start at the key that
+it has reached, takes the longest common prefix of the token ids, and continues behind this prefix. The first rows of an
+entry are valid without the others, since attention is causal.
 
 Every implementation promises:
 
@@ -13,8 +13,8 @@ Every implementation promises:
 - *Immutable*: a name stands for one content. Putting an entry again changes nothing for readers. A reader may keep an
   entry that is deleted later.
 - *Honest*: `get` returns the stored entry, bit by bit, or None. A damaged entry is reported, set aside, then absent.
-  A writer to a store can put wrong numbers of the right shapes into it; an `LM` refuses everything else (schema.py).
-- *Shared*: any number of threads may use one store at once, and processes one folder or bucket.
+  A hostile writer can store wrong numbers of the right shapes; an `LM` refuses all other wrong entries (schema.py).
+- *Shared*: any number of threads may use one store at once. Any number of processes may use one folder or bucket.
 
 The contract needs no file system: names are short strings, entries are bytes with a small header, and the only query
 besides get and put is "the entries at this key that begin with these token ids". So a remote object store can implement
@@ -42,8 +42,8 @@ class Header:
     """The identity of an entry.
 
     Attributes:
-        start: key of everything before the first token, hex.
-        end: key of everything up to the last token, hex.
+        start: key of all tokens before the first one, hex.
+        end: key of all tokens up to the last one, hex.
         position: the position of the first token in its text.
         token_ids: the token ids that were computed.
         behind: the name of the entry that holds the token before the first one; behind a group, the names of the
@@ -89,7 +89,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Entry:
-    """A header and tensors by name, such as "keys.0"; the second axis of keys and values is that of tokens."""
+    """A header, and tensors by name, such as "keys.0"; the second axis of keys and values counts tokens."""
 
     header: Header
     tensors: Mapping[str, Tensor]
@@ -111,7 +111,7 @@ MAX_INT = (1 << 63) - 1
 
 
 class Store(ABC):
-    """Representations by key. See the top of this file for the promises.
+    """A store of representations by key. The module's docstring has the promises.
 
     Every method raises a TypeError for a value of a wrong type, a TokenizerError for a string that cannot be encoded,
     and a TokenIdError for a token id that is not from 0 to 2**63 - 1.
@@ -136,12 +136,12 @@ class Store(ABC):
         """
 
     def get_beginning(self, name: str, num_rows: int, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry with all rows of its tensors, or with the first `num_rows` alone; see `get`.
+        """Return the entry with all rows of its tensors, or with only the first `num_rows`; see `get`.
 
         Args:
             name: the name of the entry.
-            num_rows: the number of first rows to return, one row for each token. A store may return all rows, where
-                more rows cost nothing.
+            num_rows: the number of first rows to return, one row for each token. A store may return all rows if more
+                rows cost nothing.
             tensors: the names of the tensors, by default all.
 
         """
@@ -153,7 +153,7 @@ class Store(ABC):
 
         Raises:
             EntryTooLargeError: the entry is larger than the whole store may be.
-            OSError: the entry cannot be written (no space, no permission); readers see all of it, or nothing.
+            OSError: the entry cannot be written (no space, no permission); readers see the whole entry or none of it.
 
         """
 
@@ -186,7 +186,7 @@ class Store(ABC):
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Yield the headers of all entries whose text begins with `text_prefix`.
 
-        Entries that are put or deleted meanwhile may be included.
+        Entries that are put or deleted during the iteration may be included.
         """
 
     @abstractmethod

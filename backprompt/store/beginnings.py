@@ -1,9 +1,9 @@
-"""Names of empty objects that say which entries begin at a key, so that a listing takes the place of an index.
+"""Names of empty objects that say which entries begin at a key; a listing of them takes the place of an index.
 
     begins/<start>/<number of tokens>.<first token ids, hexadecimal>.<end>
 
 A listing of `begins/<start>/` names all entries at this key with their first token ids. A name has room for about 20 to
-40 ids. Entries with equal ids in their names are told apart by their headers.
+40 ids. Entries with equal ids in their names are distinguished by their headers.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Beginning:
 
 
 class Beginnings:
-    """The entries at one key, sorted by their first token ids. Changes do not disturb other threads that look."""
+    """The entries at one key, sorted by their first token ids. Changes do not disturb lookups of other threads."""
 
     def __init__(self, start: str, names: Iterable[str]) -> None:
         self._start = start
@@ -83,7 +83,7 @@ class Beginnings:
         """Return the entry with the longest common prefix with `token_ids`; None if none shares a token.
 
         Args:
-            token_ids: the token ids that are looked for.
+            token_ids: the token ids to look up.
             ids_of: returns all token ids of the entry with this name, or None if there is no such entry. It is called
                 only for entries with more ids than their names show, if the ids in the name agree with `token_ids`.
 

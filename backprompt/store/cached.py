@@ -1,4 +1,4 @@
-"""A store in front of another: an entry that was read from far away once is read from nearby the next time."""
+"""A near store in front of a far one: an entry that was read from the far store is read from the near one next time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 class CachedStore(Store):
     """The entries of a far store, and a near store that keeps copies of the entries that were read or put.
 
-    `persist` and `dtype` are those of the far store. If the far store cannot be read, one warning is logged, and only
-    the near store is read after that.
+    `persist` and `dtype` are those of the far store. If a lookup in the far store fails, one warning is logged, and
+    only the near store is read after that.
 
     Args:
         far: the store that many machines reach, such as an `ObjectStore`.
@@ -40,7 +40,7 @@ class CachedStore(Store):
         return f"CachedStore({self.far!r}, {self.near!r})"
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry from the near store, or from the far store after a whole copy was put into the near one."""
+        """Return the entry from the near store, or else from the far store, and put a whole copy into the near one."""
         entry = self.near.get(name, tensors)
         if entry is None and self._reads_far:
             entry = self.far.get(name)
@@ -70,7 +70,7 @@ class CachedStore(Store):
         self.near.set_aside(name, reason)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Return the longer match of the two stores. The far one is asked unless the near one matches all ids."""
+        """Return the longer match of the two stores. If the near one matches all ids, the far one is not searched."""
         near = self.near.longest(start, token_ids)
         if not self._reads_far or (near is not None and near.num_tokens == len(token_ids)):
             return near

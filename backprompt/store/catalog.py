@@ -1,7 +1,7 @@
 """The index of a folder, kept open and in agreement with the folder's files.
 
-The catalog keeps the open index, the lock that guards the index, and the times of use that are not written to the index
-yet. An index that is missing, unfinished or damaged is rebuilt from the files. An index of a newer version is left
+The catalog keeps the open index, the lock that guards the index, and the times of use that are not yet written to the
+index. An index that is missing, unfinished or damaged is rebuilt from the files. An index of a newer version is left
 unchanged, and another index is built in memory.
 """
 
@@ -43,17 +43,17 @@ class Catalog:
             self._opened()
 
     def ask(self, question: Callable[[Index], Answer]) -> Answer:
-        """Query the index; an index with invalid answers is rebuilt from the files, and queried again."""
+        """Return an answer of the index; an index with invalid answers is rebuilt from the files, and queried again."""
         with self._lock:
             return self._answered(question)
 
     def forget(self, name: str) -> None:
-        """Remove a name from the index, if possible: extra names in the index do no harm."""
+        """Remove a name from the index if possible; an extra name in the index does no harm."""
         if self._folder.is_writable:
             self._hint(lambda index: index.forget(name))
 
     def note_use(self, name: str) -> None:
-        """Record that an entry is used now; `write_uses`, or a full batch, writes the uses to the index."""
+        """Record that an entry is used now. `write_uses` writes recorded uses to the index, as does a full batch."""
         with self._lock:
             self._uses[name] = time.time()
             if len(self._uses) >= _USES_A_BATCH:
@@ -88,7 +88,7 @@ class Catalog:
         """Close the index until the next query: SQLite forbids carrying a connection to another process."""
         self._lock.acquire()
         if self._folder.is_writable and not self._is_closed:  # a read-only index lies in memory, or has no locks
-            with suppress(sqlite3.Error):  # forking must go on and release its locks
+            with suppress(sqlite3.Error):  # the fork must continue, and release its locks
                 self._close_index()
 
     def after_fork(self) -> None:
@@ -104,7 +104,7 @@ class Catalog:
         return self._index
 
     def _close_index(self) -> None:
-        """Close the index; after an interrupt the next query opens it again. The lock must be held."""
+        """Close the index; the next query opens it again, also after an interrupt. The lock must be held."""
         index, self._index = self._index, None
         if index is not None:
             index.close()

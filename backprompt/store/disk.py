@@ -9,8 +9,8 @@
 folder.py keeps the files, catalog.py the open index.
 
 An entry is written to a temporary file, synced, and renamed to its name, so it exists either as a whole or not at all.
-The index is updated afterwards. If the process dies in between, or a file is copied in, the index does not know the
-entry; the entry is found when the index is rebuilt. Prompts are private: only their owner can read folders and files.
+The index is updated afterwards. If the process dies in between, or a file is copied in from elsewhere, the index lacks
+the entry until it is rebuilt. Prompts are private: only their owner can read folders and files.
 
 A store deletes only files that a store made. A foreign file with the name of an entry or of the index is moved to
 `damaged`; all other files are left unchanged.
@@ -48,7 +48,7 @@ class DiskStore(Store):
         path: the folder; it must be missing, empty, or the folder of a store.
         persist: the results that an `LM` stores: see `Store`.
         max_bytes: the limit for the bytes of the files, a number or text such as "10 GB". The least recently used
-            entries are deleted first. An entry is deleted only after the entries behind it.
+            entries are deleted first, but each entry only after the entries that continue it.
         dtype: the precision of stored keys, values and hidden states. None: as computed. "float16" and "int8" take less
             space and cost accuracy; the error is measured and kept with each entry.
 
@@ -125,7 +125,7 @@ class DiskStore(Store):
             return
         file = self._folder.file(name)
         with suppress(FileNotFoundError):
-            if file.is_dir():  # not an entry, but in the place of one
+            if file.is_dir():  # no entry, although the name is that of an entry
                 self._folder.move_aside(file)
             else:
                 os.unlink(file)
@@ -138,7 +138,7 @@ class DiskStore(Store):
             self._catalog.forget(name)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Compare the two neighbours in the index; see `Store.longest`."""
+        """Return the better one of two neighbours in the index; see `Store.longest`."""
         key, ids = as_string(start, "start"), as_token_ids(token_ids)
         return self._catalog.ask(lambda index: index.longest(key, ids))
 
@@ -156,7 +156,7 @@ class DiskStore(Store):
                 self._catalog.forget(name)
 
     def find(self, text_prefix: str) -> Sequence[Header]:
-        """Return the headers that `list` yields."""
+        """Return a tuple of the headers that `list` yields."""
         return tuple(self.list(text_prefix))
 
     def stats(self) -> StoreStats:

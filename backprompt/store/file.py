@@ -43,7 +43,7 @@ FORMAT = 1
 CHUNK_BYTES = 1 << 20
 
 MAX_HEADER_BYTES = 32 << 20
-"""Enough for millions of tokens. A header is read and parsed as a whole."""
+"""The limit for a header, which is read and parsed as a whole: enough for millions of tokens."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -57,7 +57,7 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _MAX_LENGTH = 1 << 48
-"""The limit for the length of an axis and of a file, so that their products stay small numbers."""
+"""The limit for the length of an axis and of a file, so that products of lengths stay small numbers."""
 
 _FIELDS = {field.name for field in fields(Header)}
 _NEEDED_FIELDS = {
@@ -137,9 +137,9 @@ def read_header(path: Path) -> Header:
 
 
 def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
-    """Return the entry with these tensors, by default all, after comparing every byte read with its checksum.
+    """Return the entry with these tensors, by default all; every byte that is read is compared with its checksum.
 
-    Large tensors are read and checked in parallel: most of the time goes into allocating their memory.
+    Large tensors are read and checked in parallel, because allocating their memory takes most of the time.
 
     Raises:
         MemoryError: memory is too small for the entry's tensors, though the file is whole.
@@ -160,7 +160,7 @@ def read_entry(path: Path, names: Collection[str] | None = None) -> Entry:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a file for reading; pipes and devices, which wait for a writer, are refused at once."""
+    """Return a file opened for reading; pipes and devices, which would wait for a writer, are refused at once."""
     try:
         file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError as error:
@@ -182,7 +182,7 @@ def _read_tensor(path: Path, name: str, place: Place) -> Tensor:
 
 
 def read_tensor(file: BinaryIO, name: str, place: Place) -> Tensor:
-    """Return the tensor whose bytes come next in an open file, after comparing them with their checksums.
+    """Return the tensor whose bytes come next in an open file; the bytes are compared with their checksums.
 
     Raises:
         MemoryError: memory is too small for the tensor.
@@ -197,9 +197,9 @@ def read_tensor(file: BinaryIO, name: str, place: Place) -> Tensor:
 
 
 def ranges_of(name: str, place: Place, num_rows: int | None) -> list[tuple[int, int]]:
-    """Return the ranges of a tensor's bytes, in whole chunks, that contain its first rows; None: all rows.
+    """Return the ranges of a tensor's bytes, in whole chunks, that contain its first `num_rows` rows; None: all rows.
 
-    A tensor `(kv_heads, tokens, head_dim)` lies head by head, so its first rows are one run of bytes for each head.
+    A tensor `(kv_heads, tokens, head_dim)` is stored head by head, so its first rows are one run of bytes a head.
     """
     shape = place.spec.shape
     if num_rows is None or kind_of(name) not in AXES:
@@ -221,7 +221,7 @@ def ranges_of(name: str, place: Place, num_rows: int | None) -> list[tuple[int, 
 def tensor_of(
     name: str, place: Place, ranges: Sequence[tuple[int, int]], pieces: Sequence[bytes], num_rows: int | None
 ) -> Tensor:
-    """Return the first rows of a tensor from the bytes of `ranges_of`, after comparing these with their checksums.
+    """Return the first rows of a tensor from the bytes of `ranges_of`, which are compared with their checksums.
 
     Raises:
         MemoryError, DamagedEntryError: see `read_tensor`.
@@ -283,9 +283,9 @@ def read_contents(file: BinaryIO, num_bytes: int) -> Contents:
 
 
 def _checked_metadata(table: dict[str, Any]) -> dict[str, str]:
-    """Remove the metadata from a header, and return them after comparing the header with its checksum.
+    """Return the metadata of a header, removed from `table`; the header is compared with its checksum.
 
-    The header of another version is not checked further: its contents are unknown here.
+    The header of another format is not checked further: its contents are unknown here.
     """
     metadata = table.get("__metadata__")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -319,7 +319,7 @@ def _header_of(described: dict[str, Any]) -> Header:
 
 
 def _places_of(table: dict[str, Any], checksums: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, Place]:
-    """Return the place of each tensor; together they cover all of the file's data without overlap."""
+    """Return the place of each tensor; the places together cover all of the file's data without overlap."""
     if checksums.keys() != table.keys():
         raise DamagedEntryError("its checksums are those of other tensors")
     places, starts = {}, []

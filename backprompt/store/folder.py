@@ -56,7 +56,7 @@ class Folder:
             yield from (file for file in files if is_name(file.stem) and self.file(file.stem) == file)
 
     def described(self) -> Iterator[tuple[Header, int, float]]:
-        """Yield the data of the index: for each file its header, its bytes, and the time of its last change."""
+        """Yield the data of the index: for each file its header, its size in bytes, and the time of its last change."""
         files = list(self.files())
         with progress_bar(len(files), "indexing", "entries", is_long=len(files) > 1) as bar:
             for file in files:
@@ -106,7 +106,7 @@ class Folder:
         _sync_folder(final.parent)
 
     def check_writable(self) -> None:
-        """Raise OSError if the folder is only read."""
+        """Raise OSError if the folder cannot be written to."""
         if not self.is_writable:
             raise explained(
                 OSError(errno.EACCES, "the folder cannot be written to"), "The store is only read", self.path
@@ -119,7 +119,7 @@ class Folder:
         )
 
     def move_aside(self, file: Path) -> None:
-        """Move a damaged file aside, if possible."""
+        """Move a file into the folder `damaged`, if possible."""
         if not self.is_writable:
             return
         folder = self.path / "damaged"
@@ -163,7 +163,7 @@ class Folder:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a loss of power, if the system can."""
+    """Make sure that a rename in this folder survives a loss of power, if the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

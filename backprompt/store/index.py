@@ -1,11 +1,11 @@
 """The index of a folder of entries: the data of their headers, in SQLite, for lookups.
 
-The index contains only data of the files, so a damaged index is rebuilt from them (disk.py). An index counts as damaged
-if it differs from an index of this version: if its schema differs, even by a trigger, a view or a column; if an answer
-has another type; or if a query takes longer than it can take on a sound index. An index of a newer version is not
-damaged: that version may be using the index, so it is left unchanged and not queried.
+The index contains only data of the files, so a damaged index is rebuilt from them (catalog.py). An index counts as
+damaged in three cases: its schema differs from that of this version, even by a trigger, a view or a column; an answer
+has another type; or a query takes longer than it can take on a sound index. An index of a newer version is not damaged:
+that version may be using the index, so it is left unchanged and not queried.
 
-A folder may come from anywhere, so its index may be hostile: no code of its schema is trusted, the work of SQLite on it
+A folder may come from anywhere, so its index may be hostile. No code in its schema is trusted, the work of SQLite on it
 is bounded, and its schema is compared before any other query. Only a regular file is opened.
 """
 
@@ -68,26 +68,26 @@ WHERE NOT EXISTS (SELECT 1 FROM entries AS other WHERE other.start = entry.end)
 AND NOT EXISTS (SELECT 1 FROM needs WHERE needs.behind = entry.name)
 ORDER BY last_used, position DESC LIMIT 100
 """
-"""Entries behind and within which no other entry starts: an entry is useless without the entries before it."""
+"""Entries that no other entry continues, from their end or from within. (Without its beginning an entry is useless.)"""
 
 MAX_VALUE_BYTES = 128 << 20
-"""The size limit of a row: twice the largest header of an entry (file.py)."""
+"""The size limit of a row: four times the largest header of an entry (file.py)."""
 
 _LOCK_SECONDS = 30.0
 _LOOKUP_SECONDS = 10.0
 SCAN_SECONDS = 60.0
-"""Limits of this thread's processor time, without waiting: many times that of a lookup, or a walk through all rows."""
+"""Limits of a query's processor time, without waiting: many times what a lookup, or a walk through all rows, takes."""
 
 _STEPS_A_CHECK = 100_000
-"""The number of SQLite instructions between two looks at the clock: some milliseconds."""
+"""The number of SQLite instructions between two checks of the time: some milliseconds."""
 
 
 class DamagedIndexError(Exception):
-    """The index differs from an index of this version, or gives invalid answers. The error never leaves a store."""
+    """The index differs from an index of this version, or gives invalid answers. Callers of a store never see this."""
 
 
 class NewerIndexError(Exception):
-    """A newer version of backprompt made the index. The error never leaves a store."""
+    """A newer version of backprompt made the index. Callers of a store never see this."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ class Index:
         self.is_finished = True
         connection.set_progress_handler(self._deadline.is_over, _STEPS_A_CHECK)
         _harden(connection)
-        finalize(self, connection.close)  # where nobody closes the index
+        finalize(self, connection.close)  # in case no caller closes the index
 
     @classmethod
     def open(cls, file: Path) -> Index:
-        """Open an index for reading and writing, created if missing.
+        """Return an index opened for reading and writing, created if missing.
 
         Raises:
             NewerIndexError: a newer version of backprompt made the index.
@@ -135,7 +135,7 @@ class Index:
 
     @classmethod
     def open_to_read(cls, file: Path) -> Index | None:
-        """Open an index whose folder cannot be written to; None if it is missing or cannot be read completely."""
+        """Return an index opened only for reading; None if it is missing or cannot be read completely."""
         log = Path(f"{file}-wal")
         try:
             _check_kind_of(file)
@@ -147,7 +147,7 @@ class Index:
 
     @classmethod
     def in_memory(cls) -> Index:
-        """Return an empty index."""
+        """Return an empty index in memory."""
         index = cls(sqlite3.connect(":memory:", check_same_thread=False), None)
         index._connection.executescript(_SCHEMA)
         return index
@@ -166,7 +166,7 @@ class Index:
         return index
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Compare the two neighbours of these ids; see `Store.longest`."""
+        """Return the better one of two neighbours of these ids; see `Store.longest`."""
         asked = _packed(token_ids)
         given = {"start": start, "asked": asked, "max_bytes": MAX_VALUE_BYTES}
         with self._transaction():
@@ -199,13 +199,13 @@ class Index:
         return [(_checked_name(name), _checked_number(num_bytes, least=1)) for name, num_bytes in rows]
 
     def rebuild(self, described: Iterable[tuple[Header, int, float]]) -> None:
-        """Delete all rows, and insert these headers, each with its bytes and the time of its last use."""
+        """Replace all rows by these headers, each with its size in bytes and the time of its last use."""
         with self._transaction():
             for table in ("entries", "needs"):  # with a condition, row by row, so that the time limit applies
                 self._ask(f"DELETE FROM {table} WHERE true", (), SCAN_SECONDS)
             for header, num_bytes, last_used in described:
                 self._insert(header, num_bytes, last_used)
-            # Set last: an interrupted index is built again.
+            # Set last: an index whose building was interrupted is built again.
             self._ask(f"PRAGMA user_version = {_SCHEMA_VERSION}")
         self.is_finished = True
 
@@ -239,7 +239,7 @@ class Index:
             self._ask("INSERT OR IGNORE INTO needs VALUES (?, ?)", (header.name, behind))
 
     def _prepare(self) -> None:
-        """Compare the schema with ours, or create it if there is none."""
+        """Compare the schema with our own, or create the schema if there is none."""
         with _translated(self._file):
             version, schema = self._version(), self._schema()
             if not schema and version == 0:
@@ -292,13 +292,13 @@ class Index:
 
 
 class _Deadline:
-    """The end of the time for a query, in the processor time of the thread that asks it."""
+    """The time limit of a query, in processor time of the calling thread."""
 
     def __init__(self) -> None:
         self._until = math.inf
 
     def set(self, seconds: float) -> None:
-        """Let the time end in this many seconds."""
+        """Set the limit to this many seconds from now."""
         self._until = time.thread_time() + seconds
 
     def is_over(self) -> bool:
@@ -359,7 +359,7 @@ def _translated(file: Path | None) -> Iterator[None]:
 
 
 def _why_unavailable(error: Exception) -> tuple[int | None, str]:
-    """Return an error number and advice if the index may be sound, but cannot be used now; else None."""
+    """Return an error number and advice if the index may be sound but cannot be used now; else None and ""."""
     if isinstance(error, sqlite3.OperationalError):
         for word, number, advice in _UNAVAILABLE:
             if word in str(error):

@@ -31,7 +31,7 @@ class MemoryStore(Store):
         watch_store(self._lock)
 
     def get(self, name: str, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return copies, so that the caller cannot change stored data."""
+        """Return a copy of the entry, so that the caller cannot change stored data."""
         check_name(name)
         entry = self._entries.get(name)
         return None if entry is None else _copy(entry, tensors)
@@ -54,7 +54,7 @@ class MemoryStore(Store):
             self._entries.pop(name, None)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Compare all entries that start here; see `Store.longest`."""
+        """Return the best of all entries that start at this key; see `Store.longest`."""
         start, ids = as_string(start, "start"), as_token_ids(token_ids)
         here = (header for header in self.list() if header.start == start)
         matches = [Match(header.name, num_common(header.token_ids, ids)) for header in here]

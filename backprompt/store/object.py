@@ -6,8 +6,8 @@
         damaged/                              damaged objects
 
 There is no index, because a bucket cannot update an index atomically. An object is stored as a whole or not at all. The
-entry is written first, and then the name that lookups list. If a writer dies in between, the entry is found after it is
-put again.
+entry is written first, and then the name that lookups list. If a writer dies in between, lookups find the entry only
+after a later `put` of the same entry.
 
 Objects are reached through obstore, a library in Rust for S3 and compatible services, Google Cloud Storage, Azure,
 folders and memory. An object of up to `SMALL_BYTES` is read in one request. A larger object is read in parts: first its
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 SMALL_BYTES = 1 << 20
 HEADER_BYTES = 1 << 16  # read before the length of the header is known
 LISTING_SECONDS = 30.0
-"""The age up to which a listing is reused. Entries that others put meanwhile are not found, but computed again."""
+"""The age up to which a listing is reused. Entries that others put meanwhile are not found, but are computed again."""
 MAX_LISTINGS = 10_000  # the number of keys whose listings are remembered
 READERS = 16  # the number of headers that are read at once when all entries are listed
 
@@ -96,7 +96,7 @@ class ObjectStore(Store):
         return self._checked(name, tensors, None)
 
     def get_beginning(self, name: str, num_rows: int, tensors: Collection[str] | None = None) -> Entry | None:
-        """Return the entry; of a large object only the first rows are read if they are at most half of all."""
+        """Return the entry; of a large object, only the first rows are read if they are at most half of all rows."""
         return self._checked(name, tensors, num_rows)
 
     def _checked(self, name: str, tensors: Collection[str] | None, num_rows: int | None) -> Entry | None:
@@ -161,7 +161,7 @@ class ObjectStore(Store):
             self.delete(name)
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
-        """Compare the two neighbours in a listing, which is at most `LISTING_SECONDS` old; see `Store.longest`."""
+        """Return the better one of two neighbours in a listing at most `LISTING_SECONDS` old; see `Store.longest`."""
         key, ids = as_string(start, "start"), as_token_ids(token_ids)
         if not is_name(key):
             return None
@@ -173,7 +173,7 @@ class ObjectStore(Store):
         return self._headers(prefix)
 
     def close(self) -> None:
-        """Do nothing: connections close by themselves."""
+        """Do nothing: connections are closed automatically."""
 
     def _headers(self, prefix: str) -> Iterator[Header]:
         with self._reaching("the entries cannot be listed"):

@@ -22,5 +22,5 @@ def open_store(where: str | os.PathLike[str]) -> Store:
 
 
 def is_url(where: str) -> bool:
-    """Return whether this is a URL and not the path of a folder."""
+    """Return whether the string is a URL, not the path of a folder."""
     return "://" in where

@@ -67,7 +67,7 @@ def _check_can_be_made(folder: Path) -> None:
 
 @contextmanager
 def explaining(what: str, path: str | Path) -> Iterator[None]:
-    """Add to a system error the failed action, the path, and advice."""
+    """Turn system errors inside the context into errors that name the failed action, the path, and advice."""
     try:
         yield
     except OSError as error:

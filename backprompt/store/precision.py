@@ -1,9 +1,9 @@
 """Storage at reduced precision, on request, with a measured error.
 
 "float16" stores keys, values and hidden states as float16. "int8" stores keys and values as int8 with a scale for each
-token and head, `x ~ scale * q` with `scale = max|x| / 127`. So the bytes of a row do not depend on where an entry was
-cut. Hidden states take little space and determine the logits, so "int8" stores them as float16. Log-probabilities are
-stored unchanged.
+token and head, `x ~ scale * q` with `scale = max|x| / 127`. So the bytes of a row do not depend on the place at which
+an entry was cut. Hidden states take little space and determine the logits, so "int8" stores them as float16.
+Log-probabilities are stored unchanged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Encoded:
 
 
 def encode(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> Encoded:
-    """Return the tensors at reduced precision; a tensor with numbers beyond its range stays unchanged."""
+    """Return the tensors at reduced precision; a tensor with numbers beyond the range of `dtype` stays unchanged."""
     encoded = Encoded({}, {}, 0.0)
     error = 0.0
     for name, tensor in tensors.items():

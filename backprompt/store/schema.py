@@ -1,4 +1,4 @@
-"""The format of an entry. Readers compare an entry with this format before its data is read or used.
+"""The format of an entry. Readers compare an entry with this format before they read or use its data.
 
 An entry of T tokens has these tensors, with the same number of layers for keys and for values, and no others:
 
@@ -13,8 +13,8 @@ An entry of T tokens has these tensors, with the same number of layers for keys 
 In a store of reduced precision (precision.py) floating-point tensors may be float16; with "int8", keys and values may
 be int8, each with its scales: "keys.0.scale", (kv_heads, T, 1), float32.
 
-An entry of any other form is damaged. An entry with the right shapes and wrong numbers cannot be detected: a store is
-only as trustworthy as the people who can write to its folder.
+An entry of any other form counts as damaged. Wrong numbers in tensors of the right shapes cannot be detected: a store
+is only as trustworthy as the people who can write to it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_NAME_LENGTH = 200
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
 _WORDS = re.compile(r"[ -~]{1,200}")
 SNAPSHOT = "snapshot"
-"""The name of the tensor with the states of a model behind the last token."""
+"""The name of the tensor with a model's recurrent states behind the last token."""
 
 _LAYER = re.compile(r"(keys|values)\.(0|[1-9][0-9]{0,5})")
 _OPTIONAL = frozenset({"is_argmax"})
@@ -203,7 +203,7 @@ def _check_scale(header: Header, name: str, spec: TensorSpec, scale: TensorSpec 
 
 
 def _stored_dtype(header: Header, kind: str) -> torch.dtype | None:
-    """Return the dtype in which such a tensor may be stored besides its computed dtype."""
+    """Return the other dtype, besides the computed one, in which a tensor of this kind may be stored; None if none."""
     if header.exactness == EXACT:
         return None
     return torch.int8 if header.exactness == "int8" and kind != "hidden" else torch.float16

@@ -1,4 +1,4 @@
-"""Checks of the texts that public functions are given."""
+"""Checks of the texts that callers pass to public functions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Engine: the requests of a bound text to its model, and the node's access to the modules that depend on it.
+"""Engine: the requests of a bound text to its model, and access to functions outside this folder by name.
 
 A `Text` knows no model, no generation and no drawing; a bound text asks its engine. A factory makes an engine of a
-model and a tokenizer. The functions behind `text.generate`, `text.draw` and the like lie outside the node. The
-package's root registers the factory and the functions here by name; each is imported on its first call.
+model and a tokenizer. The functions behind `text.generate`, `text.draw` and the like lie in modules that import `Text`.
+The package's root registers the factory and the functions here by name; each is imported on its first call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 AnyText = TypeVar("AnyText", contravariant=True)
 
 Result: TypeAlias = Literal["logits", "token_logprobs"]
-"""The results that a text asks for by themselves."""
+"""The results that a text can request from its engine by name, without the whole representation."""
 
 FACTORY = "engine"
 """The registered name of the factory that makes an engine of a model and a tokenizer."""
@@ -57,7 +57,7 @@ class Representation(Protocol):
 
     @property
     def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given those it sees, `(tokens,)`, nats."""
+        """Log-probability of each token given the tokens that it sees, `(tokens,)`, nats."""
 
     @property
     def hidden_states(self) -> Tensor:
@@ -81,7 +81,7 @@ class Representation(Protocol):
 
 
 class Pinned(Protocol):
-    """A hold on a representation, until release; for an `LM`, a `Pin`."""
+    """A representation that stays in memory until release; for an `LM`, a `Pin`."""
 
     def __enter__(self) -> Pinned: ...
     def __exit__(self, *exception: object) -> None: ...
@@ -134,16 +134,16 @@ class Engine(Protocol[AnyText]):
         """Return the joins of a text that change tokens."""
 
     def representation(self, text: AnyText) -> Representation:
-        """Return the representation of a text, computing it if it is not held."""
+        """Return the representation of a text; a representation that is not in memory is computed."""
 
     def result(self, text: AnyText, name: Result) -> Tensor:
         """Return a result of the representation of a text."""
 
     def evaluate(self, texts: Iterable[AnyText]) -> Sequence[Representation]:
-        """Compute the missing representations, all together."""
+        """Return the representations of texts; missing ones are computed together."""
 
     def pin(self, text: AnyText) -> Pinned:
-        """Evaluate a text and hold its whole representation until release."""
+        """Evaluate a text and keep its whole representation in memory until release."""
 
     def save(self, text: AnyText) -> None:
         """Write the representation of a text to a store."""

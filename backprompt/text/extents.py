@@ -13,11 +13,12 @@ class Join:
 
     Attributes:
         segment_idx: index of the segment that begins here, counting strings and runs of token ids in written order.
-        left: the string of the run before the join.
-        right: the segment after the join.
-        split_tokens: the ids around the join if both sides are encoded apart; common ids at both ends are left out. For
-            a tokenizer without continuations: the ids of the left side only, from the first changed id on.
-        joined_tokens: the ids that replace them in the joined string.
+        left: the adjacent strings before the join, as one string.
+        right: the string after the join.
+        split_tokens: the ids around the join if both sides are encoded separately, without the ids at both ends that
+            the joined string has too. For a tokenizer that cannot encode continuations: the ids of the left side only,
+            from the first changed id on.
+        joined_tokens: the ids in the joined string, in place of `split_tokens`.
 
     """
 
@@ -41,12 +42,12 @@ class Extent:
     Attributes:
         segment: a string or token ids, or either with its adapter (`Adapted`); each segment inside the branches of a
             group has an extent of its own.
-        start, stop: the first token and the one behind the last, counted in `text.tokens`. Special tokens belong to the
-            segment next to them.
-        replaced: the ids that the join with this segment changed: from `start` on, the ids of the text before this
-            segment, encoded without the segment.
-        is_join_changed: whether the ids of this segment, encoded together with the text before it, differ from the ids
-            of both encoded apart.
+        start, stop: indices into `text.tokens`: of the first token, and of the token behind the last one. Special
+            tokens belong to the segment next to them.
+        replaced: the ids that the join with this segment changed: those from `start` on, if the text before this
+            segment is encoded without the segment.
+        is_join_changed: whether the ids of this segment and the text before it, encoded together, differ from the ids
+            of both encoded separately.
         num_special: the number of special tokens at the start of the segment; they belong to the text, branch or group
             that begins with this segment.
 

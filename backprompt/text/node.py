@@ -49,7 +49,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def lazily() -> Iterator[None]:
-    """Turn `eager` off while the context lasts: for building texts that the caller does not see."""
+    """Turn `eager` off while the context lasts, for internal texts that the user never sees."""
     token = _EAGER.set(False)
     try:
         yield
@@ -152,7 +152,7 @@ class Text(Questions):
         return _concatenate(_as_text(other, "+"), self)
 
     def join(self, texts: Iterable[Text | str]) -> Text:
-        """Return the texts joined by this text, like `str.join`; a string in place of texts counts as its characters.
+        """Return the texts with this text between them, like `str.join`; a string counts as a list of its characters.
 
         Raises:
             TextTypeError: an element is neither a `Text` nor a `str`, or the elements have no order (set, mapping).
@@ -230,7 +230,7 @@ class Text(Questions):
 
     @property
     def add_special_tokens(self) -> bool:
-        """Whether the text gets the tokenizer's special tokens, if the `LM` adds them; its beginning decides."""
+        """Whether the text gets the tokenizer's special tokens, if the `LM` adds them; the first part decides."""
         return self._add_special_tokens
 
     @property
@@ -311,12 +311,12 @@ def sides(text: Text) -> tuple[Text, Text] | None:
 
 
 def note(text: Text, of: object, value: Any) -> None:
-    """Keep a value with a text for as long as the text lives, in place of an older one; `of` is the value's owner."""
+    """Keep a value with a text for as long as the text lives; replaces an older value. `of` is the value's owner."""
     text._noted, text._noted_by = value, of
 
 
 def noted(text: Text, of: object) -> Any:
-    """Return the value that was noted last, if its owner is the same; else None."""
+    """Return the value that `note` kept last if `of` is its owner; else None."""
     return text._noted if text._noted_by is of else None
 
 
@@ -346,10 +346,11 @@ def parallel(texts: Iterable[Text | str], *, positions: Positions = "shared") ->
 
     Args:
         texts: the branches. Empty branches are dropped, and a group of one branch becomes that branch.
-        positions: "shared": each branch starts where the group starts. So a branch does not depend on the others and is
-            reused in any subset and order. The text behind the group starts after the longest branch (parallel context
-            windows, Ratner et al. 2022, arXiv 2212.10947). `|` makes groups of this kind; such groups in `texts` are
-            merged into the new group. "sequential": positions as if the branches stood one after the other.
+        positions: "shared": each branch starts where the group starts. So a branch does not depend on the others, and
+            its results are reused in any subset and order. The text behind the group starts after the longest branch
+            (parallel context windows, Ratner et al. 2022, arXiv 2212.10947). `|` makes groups of this kind; such groups
+            in `texts` are merged into the new group. "sequential": positions as if the branches stood one after the
+            other.
 
     Raises:
         TextTypeError: an element is neither a `Text` nor a `str`.
@@ -374,7 +375,7 @@ def _in_parallel(given: Sequence[Text], positions: Positions) -> Text:
         branches += merged.branches if merged is not None else [Branch(segments)] if segments else []
     if not branches:
         return Text("", lm)
-    # The special tokens before a group stand there once, unless no branch takes them.
+    # Special tokens stand once before a group, unless every branch goes without them.
     seeing = [text for text in given if not _sees_nothing(text.segments)]
     add_special_tokens = not seeing or any(text._add_special_tokens for text in seeing)
     if len(branches) == 1 and not branches[0].is_frozen:
@@ -401,7 +402,7 @@ def _is_frozen(segments: Sequence[Segment]) -> bool:
 
 
 def _common_lm(lm: Engine[Text] | None, text: Text) -> Engine[Text] | None:
-    """Return the `LM` of a text that joins `text` with texts of `lm`."""
+    """Return the `LM` of `text` joined with texts of `lm`; either may be None."""
     if lm is not None and text._lm is not None and text._lm is not lm:
         raise MixedModelsError(
             f"{text!r} and the text that it is joined with belong to two different LM objects, whose representations "

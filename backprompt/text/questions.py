@@ -1,7 +1,7 @@
 """Questions that a text asks its model: tokens, representations, continuations, pictures.
 
-A text passes each question to its engine, or to a function that is registered under a name (engine.py). A text imports
-no engine and no such function.
+A text passes each question to its engine, or to a function that is registered under a name (engine.py). So this module
+imports neither an engine nor these functions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Questions:
         return bound_engine(self, "token ids").tokens(self)
 
     def joins(self) -> list[Join]:
-        """Return every join whose tokens differ from those of both sides encoded apart."""
+        """Return every join whose tokens differ from those of both sides encoded separately."""
         return bound_engine(self, "joins").joins(self)
 
     @property
@@ -61,18 +61,18 @@ class Questions:
 
     @property
     def token_logprobs(self) -> Tensor:
-        """Log-probability of each token given those it sees, `(tokens,)`, nats.
+        """Log-probability of each token given the tokens that it sees, `(tokens,)`, nats.
 
-        In float64 for a model in float64, else in float32. nan for the first token, and for the first token behind a
-        group; -inf for a token of probability 0.
+        The dtype is float64 for a model in float64, else float32. The first token, and the first token behind a group,
+        have nan; a token of probability 0 has -inf.
         """
         return bound_engine(self, "a representation").result(self, "token_logprobs")
 
     def entropies(self, *, temperature: float = 1.0) -> Tensor:
         """Return the entropy of the distribution that predicts each token, `(tokens,)`, nats.
 
-        Evaluates the text if needed. For each token a row of the output head is computed and not kept. The entropy is
-        nan for a token without a prediction. `lm.entropies` takes many texts at a time.
+        Evaluates the text if needed. For each token a row of the output head is computed, and dropped afterwards. The
+        entropy is nan for a token without a prediction. `lm.entropies` takes many texts at a time.
 
         Args:
             temperature: divides the logits.
@@ -86,15 +86,15 @@ class Questions:
         return found
 
     def top_logprobs(self, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities and ids of the most probable tokens in the place of each token.
+        """Return the log-probabilities and ids of the most probable tokens at each token's position.
 
         Args:
-            k: how many tokens.
+            k: the number of tokens at each position.
             temperature: divides the logits.
 
         Returns:
-            Log-probabilities `(tokens, k)`, in falling order, nats, and ids `(tokens, k)`; nan and -1 for a token
-            without a prediction. See `lm.top_logprobs`, which takes many texts at a time.
+            Log-probabilities `(tokens, k)`, nats, highest first, and ids `(tokens, k)`; nan and -1 for a token without
+            a prediction. See `lm.top_logprobs`, which takes many texts at a time.
 
         Raises:
             ValueError: `k` is not an int from 1 to the size of the vocabulary.
@@ -111,7 +111,7 @@ class Questions:
     def generate(self, *, max_new_tokens: int, n: int, **options: Any) -> list[GeneratedText]: ...
 
     def generate(self, **options: Any) -> GeneratedText | list[GeneratedText]:
-        r"""Let the model continue this text; takes the arguments of `backprompt.generate`.
+        r"""Return this text continued by the model; takes the arguments of `backprompt.generate`.
 
             text.generate(max_new_tokens=32, stop="\n", temperature=0.7, seed=1)
 
@@ -123,7 +123,7 @@ class Questions:
         return found
 
     def select(self, options: Any, **scoring: Any) -> SelectedText:
-        """Continue this text with the most probable of several strings, or of those of a finite constraint.
+        """Return this text continued by the most probable of several strings, or of the strings of a finite constraint.
 
             answer = (text + "Is it a review? Answer:").select(["yes", "no"])
             answer.option, answer.probabilities
@@ -139,7 +139,7 @@ class Questions:
         return selected
 
     def probability_of(self, language: Any, **options: Any) -> float:
-        """Return the probability that the model continues this text by any string of a finite language.
+        """Return the probability that the model continues this text with a string of a finite language.
 
             text.probability_of(Regex("(very )?(good|great)"))
 
@@ -165,9 +165,9 @@ class Questions:
                 print(piece, end="", flush=True)
 
         No piece contains a part of a stop string that is left out: a possible beginning of a stop string is held back
-        until the next tokens decide. `Stream.text` is the continuation so far, a `GeneratedText`. Arguments and errors
-        are those of `backprompt.generate`. With a seed, `sample_idx` is the number of the sample among those that
-        `generate` returns for `n`.
+        until later tokens decide. `Stream.text` is the text so far, a `GeneratedText`. Arguments and errors are those
+        of `backprompt.generate`. With a seed, `sample_idx` selects one of the samples that `generate` returns for `n`,
+        counted from 0.
         """
         found: TextStream = outside("stream")(
             self,
@@ -200,21 +200,22 @@ class Questions:
         terminals (without colours if `NO_COLOR` is set or the output is no terminal).
 
         Args:
-            top: the number of alternatives for each token; more than 0 takes a row of the output head for each token.
+            top: the number of alternatives for each token; above 0, a row of the output head is computed for each
+                token.
             attention_from: the index of a token in `text.tokens`. Colours then show the share of attention that this
-                token pays to each, the mean over layers and heads.
+                token pays to each token, as the mean over layers and heads.
             layers, heads: the layers and heads of that mean; see `ModelRepr.attention`.
 
         Raises:
             ValueError: `top` is negative, or there is no such token, layer or head.
-            All errors of `backprompt.evaluate`, and of `ModelRepr.attention` if attention is asked for.
+            All errors of `backprompt.evaluate`, and of `ModelRepr.attention` if `attention_from` is given.
 
         """
         found: Shown = outside("show")(self, top=top, attention_from=attention_from, layers=layers, heads=heads)
         return found
 
     def pin(self) -> Pinned:
-        """Evaluate now and return a `Pin`: it holds the representation until `.release()` or the end of a `with` block.
+        """Evaluate now and return a `Pin`, which holds the results until `.release()` or the end of a `with` block.
 
         Raises:
             MemoryBudgetError: the pinned texts together do not fit the `LM`'s `memory_bytes`.
@@ -223,7 +224,7 @@ class Questions:
         return bound_engine(self, "a representation").pin(self)
 
     def save(self) -> None:
-        """Write the representation to the `LM`'s store, whatever its size; computed first if missing.
+        """Write the representation to the `LM`'s store, whatever its size; a missing one is computed first.
 
         Raises:
             NoStoreError: the `LM` was made without `store=`.

@@ -3,8 +3,8 @@
     "context " + ("shot a" | "shot b") + " question"
 
 has three segments: a string, a `Group` of two branches, and a string. A branch is a sequence of segments itself, so
-groups nest. A frozen segment sees nothing before it: a group of one frozen branch. A string or token ids may stand
-under an adapter of the model: `Adapted`.
+groups nest. A frozen segment, which sees nothing before it, is a group of one frozen branch. A string or token ids
+under an adapter of the model are an `Adapted`.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Branch:
 
     Attributes:
         segments: the segments of the branch.
-        is_frozen: whether the branch is a text of its own.
-        add_special_tokens: whether a frozen branch gets the special tokens of the tokenizer. Other branches begin like
-            the text around them.
+        is_frozen: whether the branch is encoded and computed as a text of its own.
+        add_special_tokens: whether a frozen branch gets the special tokens of the tokenizer. For other branches the
+            text around them decides.
 
     """
 
@@ -67,7 +67,7 @@ class Group:
     """Branches that see the text before the group and themselves; the text behind the group sees all of them.
 
     Attributes:
-        branches: in written order. Their meaning does not depend on the order, but repeats count.
+        branches: in written order. With shared positions, the order does not change results; repeated branches do.
         positions: "shared": each branch starts where the group starts; "sequential": where the previous branch ends.
 
     """
@@ -121,7 +121,7 @@ def are_adapted(segments: Iterable[Segment]) -> bool:
 
 
 def under_adapter(segments: Iterable[Segment], adapter: str | None) -> tuple[Segment, ...]:
-    """Return segments with all leaves under an adapter, in place of any other."""
+    """Return segments with all leaves under this adapter, which replaces the adapters that leaves have."""
     return tuple(
         Group(
             tuple(replace(branch, segments=under_adapter(branch.segments, adapter)) for branch in segment.branches),

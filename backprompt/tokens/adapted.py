@@ -1,10 +1,10 @@
-"""Token ids under adapters: one int for a token of the model and for the adapter that computes it.
+"""Token ids under adapters: one int names a token and the adapter that computes the token.
 
     token id + (number of the adapter << 28)
 
-So the forest, keys, plans and stores treat a token under another adapter as another token. Ids are split again where a
-model, a tokenizer or a caller takes them. The number of an adapter is a hash of its content (model/adapters.py), the
-same in all processes. Tokens without an adapter of their own have the number 0.
+So the forest, keys, plans and stores treat a token under another adapter as another token. The two parts are separated
+before a model, a tokenizer or a caller gets an id. The number of an adapter is a hash of its content
+(model/adapters.py), the same in all processes. Tokens without an adapter of their own have the number 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def number_of(token_id: IntOrInts) -> IntOrInts:
 
 
 def base_of(token_id: int) -> int:
-    """Return the id of token 0 under the adapter of an id; a plain id added to it is under the adapter."""
+    """Return the id of token 0 under the adapter of `token_id`; plus a plain id, it is that token under the adapter."""
     return token_id & -MAX_EMBEDDINGS
 
 
@@ -62,5 +62,5 @@ def plain_array(token_ids: Ints) -> Ints:
 
 
 def numbers_in(token_ids: Iterable[int]) -> set[int]:
-    """Return the numbers of the adapters of ids, without 0."""
+    """Return the distinct numbers of the ids' adapters, without 0."""
     return {number_of(token_id) for token_id in token_ids if token_id >= MAX_EMBEDDINGS}

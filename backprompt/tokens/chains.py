@@ -1,4 +1,4 @@
-"""Chains: adjacent segments of a text with no group between. They are encoded together, whatever their adapters."""
+"""Chains: adjacent segments of a text with no group between them, which are encoded together under any adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 from backprompt.text.segments import Adapted, Group, Leaf, Segment, bare
 
 Marked: TypeAlias = "Leaf | Adapted"
-"""A leaf, perhaps under an adapter."""
+"""A leaf, or a leaf under an adapter."""
 
 
 class Chain(NamedTuple):

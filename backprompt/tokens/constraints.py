@@ -1,7 +1,7 @@
-"""Constraints: languages of strings. The type of a constraint says how its string is to be read.
+"""Constraints: languages, each a set of strings. The type of a constraint says how its description is read.
 
-A constraint is plain data: it compares by content and can be sent to other processes. Only matching.py knows the
-tokenizer and the library that apply a constraint.
+A constraint is plain data: constraints are compared by content and can be sent to other processes. matching.py and
+finite.py apply them with llguidance.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class JsonSchema:
         JsonSchema(Person)  # a model of pydantic
 
     Properties come in the order of the schema. Keywords of JSON Schema that llguidance lacks, such as `not`, are
-    refused. Names that are no keywords, misspelt ones among them, are ignored, as JSON Schema has it.
+    refused. Names that are no keywords, such as a misspelt keyword, are ignored, as JSON Schema prescribes.
 
     Args:
         schema: a JSON schema as a dict; a model or `TypeAdapter` of pydantic; or a type of Python that pydantic can
             describe, such as a dataclass, a `TypedDict` or `list[int]`.
-        compact: True: no white space stands between the parts of the JSON text. False, the default: the model may
-            write white space there.
+        compact: whether white space between the parts of the JSON text is forbidden. By default the model may write
+            white space there.
 
     Raises:
         TextTypeError: `schema` is none of these, or a dict with a value that JSON does not have.

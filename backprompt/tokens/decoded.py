@@ -2,8 +2,8 @@
 
 The string that a token adds depends on the tokens before it: decoders drop the space before the first token, bytes of
 several tokens make one character, and SentencePiece's byte tokens are decoded in runs. So a token is decoded together
-with the earlier tokens that its string depends on. The end of the string may be *open*: the next token may change part
-of a character, or a run of byte tokens.
+with the earlier tokens that its string depends on. The end of the string may be *open*: an incomplete character, or a
+run of byte tokens, may still change with the next token.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Decoded:
     """The string of a continuation so far.
 
     Attributes:
-        settled: the part that later tokens do not change.
+        settled: the part that later tokens cannot change.
         open: the part behind `settled`, which a later token may change.
-        window: the ids that are decoded together: one or a few settled ids, and those of `open`.
+        window: the ids that are decoded together: one or a few settled ids, and the ids of `open`.
         before: the string of the settled ids in `window`.
 
     """

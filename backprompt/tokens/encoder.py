@@ -68,7 +68,7 @@ class Encoder:
         self._mark = object()  # texts keep ids under this mark, so they do not keep the tokenizer alive
 
     def encode(self, texts: Sequence[Text]) -> list[TokenIds]:
-        """Return the token ids of each text; texts that were not seen before are encoded together.
+        """Return the token ids of each text; texts that were not encoded before are encoded together.
 
         Raises:
             JoinError: under `joins="error"`, tokens change where two segments of a text meet.
@@ -92,7 +92,7 @@ class Encoder:
         return [noted(text, self._mark) for text in texts]
 
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
-        """Return the tokens of each string and each run of token ids of each text, in written order.
+        """Return, for each text, the tokens of each string and each segment of token ids, in written order.
 
         Every prefix of every run is encoded and, if the tokenizer encodes continuations, every segment alone. Texts
         that share prefixes or segments share the work.
@@ -145,7 +145,7 @@ class Encoder:
         return string
 
     def _ids_before(self, before: list[Leaf], add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the ids of the leaves `before` a segment."""
+        """Return the ids of the leaves `before` a segment, encoded as a text."""
         if not before:
             return ()
         branch = Branch(tuple(before), is_frozen=True, add_special_tokens=add_special_tokens)
@@ -190,7 +190,7 @@ class Encoder:
         return prefix + ids + (suffix if node.is_only_strings else ())
 
     def _with_changed_joins(self, texts: Sequence[Text], encoded: Sequence[TokenIds]) -> Iterator[Text]:
-        """Yield the texts whose tokens, `encoded`, differ from those of their segments apart."""
+        """Yield the texts whose tokens, `encoded`, differ from those of their segments encoded separately."""
         if self.tokenizer.encodes_continuations:
             apart = self._encode_texts(texts, split=True)
             yield from (
@@ -217,7 +217,7 @@ class Encoder:
     def _whole(
         self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]], *, is_last: bool = True
     ) -> tuple[Part, ...]:
-        """Return the parts of a text with the special tokens of a whole string; not `is_last`: more text follows."""
+        """Return the parts of a text with the special tokens of a whole string; if not `is_last`, more text follows."""
         prefix, suffix = self._special_ids(branch, ids_of)
         parts = self._parts(branch.segments, False, ids_of)
         if prefix and parts and isinstance(parts[0], tuple) and plain(parts[0][: len(prefix)]) == prefix:
@@ -231,7 +231,7 @@ class Encoder:
     def _special_ids(
         self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the special tokens before and behind a text; those behind it only if all its segments are strings."""
+        """Return the special tokens before and behind a text; none behind it unless all its segments are strings."""
         segments = branch.segments
         if not (self._add_special_tokens and branch.add_special_tokens and _begins_with_string(segments)):
             return (), ()
@@ -277,13 +277,13 @@ class Encoder:
                 yield from self._chains_to_encode(branch.segments, piece.is_continuation and not branch.is_frozen)
 
     def _joins_of_adapters(self, leaves: Sequence[Marked]) -> range:
-        """Return the indices of all leaves from the first one on that has another adapter than the leaf before."""
+        """Return the indices of the first leaf whose adapter differs from the leaf before, and of all later leaves."""
         numbers = list(map(self._number_of, leaves))
         changes = (idx for idx in range(1, len(numbers)) if numbers[idx] != numbers[idx - 1])
         return range(next(changes, len(numbers)), len(numbers))
 
     def _under_adapters(self, piece: MarkedChain, ids_of: Mapping[Chain, tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the ids of a chain, those of each leaf under its adapter."""
+        """Return the ids of a chain; the ids of each leaf are under the leaf's adapter."""
         ids = ids_of[piece.chain]
         later: tuple[int, ...] = ()
         for idx in reversed(self._joins_of_adapters(piece.leaves)):
@@ -324,14 +324,14 @@ def _alone(leaf: Leaf) -> Chain:
 
 
 def _as_branch(text: Text) -> Branch:
-    """Return a text as a frozen branch, which has the same meaning."""
+    """Return a text as a frozen branch, which is encoded in the same way."""
     return Branch(text.segments, is_frozen=True, add_special_tokens=text.add_special_tokens)
 
 
 def _begins_with_string(segments: Sequence[Segment]) -> bool:
-    """Return whether special tokens belong before these segments: before strings, not before given token ids.
+    """Return whether special tokens belong before these segments: before a string, not before given token ids.
 
-    All branches of a group count as its beginning, in any order.
+    A group begins with a string if any of its branches does, frozen ones left out.
     """
     if not segments:
         return True  # an empty string
@@ -348,8 +348,8 @@ def _bare(segment: Segment) -> Segment:
 def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: int) -> list[Extent]:
     """Return the extents of a chain's leaves, whose tokens begin at `first`.
 
-    `ids_of` has all prefixes of the chain, and its leaves alone if the tokenizer encodes continuations. For other
-    tokenizers a join counts as changed if the segment behind it changes the ids of the text before it.
+    `ids_of` has the ids of all prefixes of the chain and, if the tokenizer encodes continuations, of each leaf alone.
+    For other tokenizers a join counts as changed if the segment behind the join changes the ids of the text before.
     """
     ids = ids_of[chain]
     extents: list[Extent] = []
@@ -368,7 +368,7 @@ def _extents_of(chain: Chain, ids_of: Mapping[Chain, tuple[int, ...]], first: in
 
 
 def _check_encodable(text: Text) -> None:
-    """Raise TokenizerError for a lone surrogate, half of a UTF-16 pair and no character."""
+    """Raise TokenizerError for a lone surrogate (half of a UTF-16 pair)."""
     num_before = 0
     for segment in leaves(text.segments):
         if not isinstance(segment, str):

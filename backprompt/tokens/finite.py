@@ -1,7 +1,7 @@
-"""The strings of a finite language, one by one.
+"""All strings of a finite language.
 
-llguidance walks the language byte by byte, with a tokenizer whose tokens are the bytes. So a constraint means the same
-strings here as it does for a continuation.
+llguidance walks the language byte by byte, with a tokenizer whose tokens are the bytes. So a constraint has the same
+strings here as in a generation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_BYTES = 1_000
 def strings_of(constraint: Constraint, *, max_strings: int = MAX_STRINGS, max_bytes: int = MAX_BYTES) -> list[str]:
     """Return all strings of a finite language, in the order of their bytes.
 
-    The rules are those by which the constraint applies to a continuation.
+    These are the strings that a continuation under the constraint may be.
 
     Args:
         constraint: the language.
@@ -41,7 +41,7 @@ def strings_of(constraint: Constraint, *, max_strings: int = MAX_STRINGS, max_by
 
     """
     strings: list[str] = []
-    waiting = [(b"", compiled(constraint, _bytes()))]  # beginnings to look at, and the matcher one byte before
+    waiting = [(b"", compiled(constraint, _bytes()))]  # beginnings to visit, each with the matcher one byte before
     while waiting:
         path, before = waiting.pop()
         matcher = before.deep_copy()

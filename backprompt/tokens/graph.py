@@ -5,7 +5,7 @@ where each branch of a group is such a sequence again.
 
     context + (a | b) + question     TokenGraph(((1, 2, 3), TokenGroup((a, b)), (8, 9)))
 
-`fold` walks a graph as attention sees it: for each run, `fold` gives the state before the run and its position.
+`fold` walks a graph in the way attention does: each run continues the state of the tokens that the run sees.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def before_last(token_ids: TokenIds) -> TokenIds:
 
 
 def is_beginning(token_ids: TokenIds, whole: TokenIds) -> bool:
-    """Return whether a text begins with these tokens; a group must match as a whole."""
+    """Return whether the text `whole` begins with these tokens; a group must match as a whole."""
     parts, whole_parts = _parts(token_ids), _parts(whole)
     if not len(token_ids):
         return True
@@ -142,9 +142,10 @@ def fold(
     Args:
         token_ids: the text.
         root: the state at the beginning of a text.
-        extend: maps a state, a position and a run of ids that begins there to the state behind the run.
-        join: maps the state before a group, the states behind its branches in written order, each with whether the
-            branch is frozen, and the position behind the group to the state behind the group.
+        extend: returns the state behind a run of ids, given the state before the run, the position of its first id, and
+            the ids.
+        join: returns the state behind a group, given the state before the group, a pair for each branch in written
+            order (the state behind the branch, and whether the branch is frozen), and the position behind the group.
 
     """
 
@@ -188,7 +189,7 @@ def _merged(parts: Iterable[Part], *, is_first: bool) -> tuple[Part, ...]:
             continue
         kept = [branch for branch in part.branches if any(_runs(branch.parts))]
         is_sequential = part.is_sequential and len(kept) > 1
-        # If no text stands before and each branch starts at position 0, every branch is as if frozen.
+        # If no text stands before and each branch starts at position 0, a frozen branch differs in no way from others.
         at_start = is_first and not merged and not is_sequential
         branches = [
             TokenBranch(_merged(branch.parts, is_first=at_start or branch.is_frozen), branch.is_frozen and not at_start)
@@ -212,7 +213,7 @@ def _runs(parts: Iterable[Part]) -> Iterator[tuple[int, ...]]:
 
 
 def common_length(own: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
-    """Return the number of first ids of `own` that equal the ids from `offset` on."""
+    """Return the length of the common beginning of `own` and of `ids` from `offset` on."""
     window = ids[offset : offset + len(own)]
     if window == own:
         return len(own)

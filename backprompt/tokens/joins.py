@@ -40,7 +40,7 @@ def _changed_joins_of_run(
 ) -> list[Join]:
     """Return the changed joins of one run, given as segment indices and strings; none if the run's ids do not change.
 
-    Joins can cancel out: in "x " + " " + "y" the "y" takes apart the token that the spaces had become.
+    Joins can cancel out: in "x " + " " + "y" the first join makes one token of two spaces, and the "y" splits it again.
     """
     (_, run), *rest = strings
     if not tokenizer.encodes_continuations:
@@ -59,7 +59,7 @@ def _changed_joins_of_run(
 def _joins_that_change_the_left_side(
     tokenizer: EncodesStrings, run: str, rest: list[tuple[int, str]], is_continuation: bool
 ) -> list[Join]:
-    """Return the joins that change the ids of the text before them, without encoding continuations."""
+    """Return the joins that change the ids of the text before them; no string is encoded as a continuation."""
     runs = list(itertools.accumulate((string for _, string in rest), initial=run))
     encoded = tokenizer.encode(runs, is_continuation=is_continuation)
     joins = []

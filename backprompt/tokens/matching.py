@@ -1,9 +1,9 @@
-"""Matching: the tokens with which a continuation may go on in the language of a constraint.
+"""Matching: the tokens that may follow a continuation under a constraint.
 
 llguidance (https://github.com/guidance-ai/llguidance) compiles languages and says which tokens may follow. Only this
-file and finite.py call llguidance. If a language leaves only one string, llguidance allows only the tokens by which the
-tokenizer writes that string. The end of a continuation is decided here: an end token may follow where the language may
-end.
+file and finite.py call llguidance. If a language leaves only one string, llguidance allows only the tokens that the
+tokenizer encodes that string to. The end of a continuation is decided here: an end token may follow where the language
+may end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Allowed: TypeAlias = npt.NDArray[np.bool_]
 """Which tokens may follow, `(vocab,)`."""
 
 NUM_KEPT = 16
-"""The number of continuations of a text for which the allowed tokens are remembered, one bit for each token."""
+"""The number of continuations of a text for which the allowed tokens are kept, one bit for each token."""
 
 _SPECIAL = b"\xff"
 """The first byte of a special token's name in llguidance: no string in UTF-8 has this byte."""
@@ -66,18 +66,18 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PrivateTokenizer) -> Vocabulary:
-        """Return the vocabulary of a tokenizer. It is made once, which takes a second for 50,000 tokens."""
+        """Return the vocabulary of a tokenizer. It is made once for each; 50,000 tokens take a second."""
         found = _vocabularies.get(tokenizer)
         if found is None:
             found = _vocabularies[tokenizer] = cls(tokenizer)
         return found
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether an id stands for no string: an id of a special token, or one that the tokenizer lacks."""
+        """Return whether an id stands for no string: it is that of a special token, or unknown to the tokenizer."""
         return token_id >= self.num_tokens or token_id in self._special_ids
 
     def language(self, constraint: Constraint) -> Language:
-        """Return a constraint, compiled.
+        """Return the compiled form of a constraint.
 
         Raises:
             GenerationError: llguidance refuses the constraint; the message has the reason.
@@ -106,7 +106,7 @@ class Language:
 
 
 class Matching:
-    """The place of one text's continuation, or of several in turn, in a language.
+    """Tells which tokens may follow a text's continuation in a language; each call may name another continuation.
 
     Args:
         language: the language.
@@ -148,7 +148,7 @@ class Matching:
         return np.unpackbits(packed, count=self._num_tokens).view(np.bool_)
 
     def is_over(self, completion: tuple[int, ...]) -> bool:
-        """Return whether a continuation is in the language and nothing may follow, an end token included."""
+        """Return whether a continuation is in the language and no token may follow, not even an end token."""
         if self._special_ends:  # a special end token may follow
             return False
         return not self.allowed(completion).any() and self._go_to(completion) and bool(self._matcher.is_accepting())
@@ -156,7 +156,7 @@ class Matching:
     def forced(self, completion: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
         """Return the tokens that must follow a continuation, up to the first place where there is a choice.
 
-        End tokens are left out, and a token behind which nothing may follow.
+        End tokens are left out, and so is a token behind which none may follow.
         """
         tokens: tuple[int, ...] = ()
         while len(tokens) < max_tokens:
@@ -195,7 +195,7 @@ class Matching:
         return allowed
 
     def _go_to(self, completion: tuple[int, ...]) -> bool:
-        """Let the matcher take a continuation in; return False if the continuation is outside the language."""
+        """Move the matcher behind a continuation; return False if the continuation is outside the language."""
         num_common = len(self._taken)
         if completion[:num_common] != self._taken:
             pairs = enumerate(zip(completion, self._taken, strict=False))
@@ -210,14 +210,14 @@ class Matching:
         return len(self._taken) == len(completion)
 
     def _may_end_with(self, token_id: int) -> bool:
-        """Return whether the language may end with this token, which may follow."""
+        """Return whether the language may end with this token, one of those that may follow."""
         self._matcher.consume_token(token_id)
         may_end = bool(self._matcher.is_accepting())
         self._matcher.rollback(1)
         return may_end
 
     def _give_up(self) -> None:
-        """Begin again with another matcher: after an error a matcher takes no more tokens."""
+        """Start with a new matcher: after an error a matcher takes no more tokens."""
         failed, self._matcher, self._taken = self._matcher, self.language.beginning.deep_copy(), ()
         check_ends_here(failed, self.language.constraint)
 
@@ -227,8 +227,8 @@ class _Tokens:
 
     llguidance's own reader of tokenizers treats every added token that looks like `<think>` as a special token.
 
-    llguidance must be able to write every string. So a byte without a token has one here, behind the end token. It is
-    in no text: the masks are cut off before.
+    llguidance must be able to write every string. So a byte without a token gets one here, with an id above that of the
+    end token. Such a token is never generated, because masks are cut off before these ids.
 
     Args:
         spelled: the string of each token, in UTF-8; a token may be a part of a character.
@@ -256,8 +256,8 @@ class _Tokens:
         return ids if is_exact else self._split(string.encode())
 
     def _split(self, string: bytes) -> list[int]:
-        """Return the fewest tokens that spell a string which the tokenizer would change; bytes where there are none."""
-        best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]  # without a token, tokens, start, id
+        """Return the fewest tokens that spell a string that the tokenizer would change, with added bytes if needed."""
+        best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]  # numbers of added bytes and of tokens; start, id
         for stop in range(1, len(string) + 1):
             ends = [(start, self._ids.get(string[start:stop])) for start in range(max(0, stop - self._longest), stop)]
             best.append(
@@ -275,7 +275,7 @@ class _Tokens:
 
 
 def _spelled_tokens(backend: Backend) -> list[bytes]:
-    """Return the string of each token behind others, in UTF-8.
+    """Return the string of each token as it stands behind other tokens, in UTF-8.
 
     Raises:
         TokenizerError: llguidance does not support the tokenizer.
@@ -300,7 +300,7 @@ def _spelled_tokens(backend: Backend) -> list[bytes]:
 def _decoded_alone(backend: Backend) -> list[bytes]:
     """Return the string of each token for a decoder of whole characters that looks at one token at a time.
 
-    Only the first token of all is decoded in another way; so each is decoded behind another one.
+    Such a decoder treats only the first token of a text in another way, so each token is decoded behind another one.
     """
     tokens = backend.get_vocab(with_added_tokens=True)
     spelled = [b""] * (1 + max(tokens.values()))
@@ -324,7 +324,7 @@ def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _in_our_words(reason: str) -> str:
-    """Return why llguidance refuses a constraint, and what to write where its own advice is about its own options."""
+    """Return why llguidance refuses a constraint, with our advice in place of advice about llguidance's options."""
     if reason.startswith("oneOf constraints are not supported"):
         return (
             "oneOf is supported only where its schemas exclude each other, as those of different types do. Write anyOf "
@@ -362,7 +362,7 @@ def guidance() -> Any:
 
 
 def check_ends_here(failed: LLMatcher, constraint: Constraint) -> None:
-    """Raise GenerationError unless a matcher failed only because nothing may follow, as in an empty language."""
+    """Raise GenerationError unless a matcher failed only because no token may follow, as in an empty language."""
     reason = failed.get_error().strip().partition("\n")[0]
     if not reason.startswith("NoExtension"):
         raise GenerationError(f"llguidance gives up on {named(constraint)}: {reason}. Make the language simpler.")

@@ -49,7 +49,7 @@ class EncodesStrings(Protocol):
         ...
 
     def cut(self, string: str, start: int = 0) -> int:
-        """Return a place from `start` on where the string can be cut without changing its ids, or 0."""
+        """Return a place from `start` on at which a cut does not change the string's ids, or 0."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -181,7 +181,7 @@ class PrivateTokenizer:
         return self._around(ids, with_special, (len(self._special_ids[0]), *range(len(with_special) + 1)))
 
     def cut(self, string: str, start: int = 0) -> int:
-        """Return the last place from `start` on where `string` can be cut without changing ids, whatever follows; or 0.
+        """Return the last place from `start` on at which a cut changes no id, whatever follows `string`; or 0.
 
         The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]`. Such a place is a space
         between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
@@ -209,7 +209,7 @@ class PrivateTokenizer:
 
     @cached_property
     def added_tokens(self) -> tuple[str, ...]:
-        """The strings that stand for one token and take no space behind them.
+        """The strings that stand for one token each and need no space behind them.
 
         These are the special tokens, and added tokens that are not words, such as `<think>`. An added token that ends
         in a letter or a digit is separated from the next word like any word.
@@ -369,7 +369,7 @@ def _leaves_spaces(token: AddedToken) -> bool:
 
 
 def _sample_words(tokenizer: Any) -> list[str]:
-    """Return the sample as the input of the tokenizer's model: normalized and split."""
+    """Return the sample as the tokenizer's model gets it: normalized and split into words."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         return []
@@ -380,9 +380,9 @@ def _sample_words(tokenizer: Any) -> list[str]:
 
 
 def _to_look_at(tokenizer: Any, words: list[str]) -> list[str]:
-    """Return the part of the words that a look encodes: for BPE the words with merged tokens, as one word.
+    """Return the part of the words that the quick check encodes: for BPE the words with merged tokens, as one word.
 
-    A word without a merge is encoded in another way only by a new token, which changes the size of the vocabulary.
+    Only a new token can change the ids of a word without merges, and a new token changes the size of the vocabulary.
     """
     if not words or not isinstance(model := tokenizer.backend_tokenizer.model, models.BPE):
         return words

@@ -1,4 +1,4 @@
-"""A trie of segments: texts that share a beginning share its encoding; each distinct string is encoded once."""
+"""A trie of segments, with which texts share the encoding of a common beginning; each string is encoded once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backprompt.tokens.tokenizer import EncodesStrings
 
 
 def encode_chains(tokenizer: EncodesStrings, chains: Iterable[Chain], *, split: bool) -> dict[Chain, tuple[int, ...]]:
-    """Return the ids of chains, without special tokens; `split`: each segment is encoded on its own."""
+    """Return the ids of each chain, without special tokens; with `split`, each segment is encoded on its own."""
     trie = Trie(tokenizer, split=split)
     nodes = {chain: trie.add_chain(chain) for chain in chains}
     trie.encode()
@@ -33,7 +33,7 @@ class Trie:
         self._pieces = _Pieces(tokenizer)
         self._split = split
         self._roots = {False: TrieNode(), True: TrieNode(is_continuation=True)}
-        self._nodes: dict[int, TrieNode | None] = {}  # by the id of a text
+        self._nodes: dict[int, TrieNode | None] = {}  # by the `id()` of a text
 
     def add_chain(self, chain: Chain) -> TrieNode:
         """Return the node behind a chain."""
@@ -78,7 +78,7 @@ class Trie:
         return node.ids(self._pieces)
 
     def _descend(self, node: TrieNode, tail: str, leaves: Iterable[Leaf]) -> tuple[TrieNode, str]:
-        """Return the node behind leaves, and the tail of string there; new nodes are added."""
+        """Return the node behind leaves, and the unsettled tail of the string there; missing nodes are added."""
         for leaf in leaves:
             child = node.children.get(leaf)
             if child is None:
@@ -90,7 +90,7 @@ class Trie:
         return node, tail
 
     def _ended(self, node: TrieNode, tail: str) -> TrieNode:
-        """Return a node at which a text ends: the tail of string there is encoded, too."""
+        """Return a node at which a text ends, after adding its tail to the strings to encode."""
         if tail:
             self._pieces.add(_Piece(tail, node.is_continuation))
         return node
@@ -157,7 +157,7 @@ class TrieNode:
         return self._all_settled_ids(pieces) + (pieces.ids(_Piece(tail, self.is_continuation)) if tail else ())
 
     def extend(self, segment: Leaf, tail: str, pieces: _Pieces, *, split: bool) -> TrieNode:
-        """Return the node behind a segment that stands here, where this tail of string is not settled."""
+        """Return the node behind a segment that stands here; `tail`: the string here that is not settled yet."""
         node = self._extended(segment, tail, pieces, split)
         node.is_only_strings = self.is_only_strings and isinstance(segment, str)
         node.begins_with_string = self.begins_with_string if self.parent is not None else isinstance(segment, str)

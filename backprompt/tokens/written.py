@@ -1,4 +1,4 @@
-"""The tokens of a text in written order: the position of each, and the tokens that each one sees."""
+"""The tokens of a text in written order: the position of each token, and the tokens that it sees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from backprompt.tokens.graph import TokenIds, fold
 
 Seen: TypeAlias = "tuple[slice, ...]"
-"""Tokens of a text in written order; the slices do not overlap."""
+"""Tokens, as slices of a text's tokens in written order; the slices do not overlap."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class WrittenRun:
     """Consecutive tokens, each of which sees the tokens before it in the run.
 
     Attributes:
-        start, stop: the tokens, counted in written order.
-        position: the position of the first.
-        before: the tokens before the run that all of its tokens see.
+        start, stop: the bounds of the run, counted in written order.
+        position: the position of the first token.
+        before: the tokens before the run, seen by all tokens of the run.
 
     """
 
@@ -57,7 +57,7 @@ def positions_of(runs: Sequence[WrittenRun]) -> npt.NDArray[np.int64]:
 
 
 def visible_to(runs: Sequence[WrittenRun], rows: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Return the tokens that each of some tokens sees, itself included, `(rows, tokens)`."""
+    """Return which tokens the tokens `rows` see, themselves included, `(rows, tokens)`."""
     visible = np.zeros((len(rows), runs[-1].stop), dtype=np.bool_)
     starts = [run.start for run in runs]
     for seen, row in zip(visible, rows, strict=True):
