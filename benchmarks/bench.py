@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from backprompt import LM, evaluate
 from benchmarks import workloads
 from benchmarks.contenders import RIVALS, Rival, Scores, compose_all, encode, with_backprompt
-from benchmarks.measure import Spread, dense_seconds, matmul_seconds, peak_bytes_of, seconds_of
+from benchmarks.measure import Spread, dense_seconds, matmul_seconds, noted_passes, peak_bytes_of, seconds_of
 from benchmarks.workloads import Workload
 
 TOLERANCE = 1e-3  # nats; the rivals sum the same products in other orders
@@ -76,8 +76,9 @@ class Bench:
         self.lm.session.encoder.encode(texts)  # all together: one at a time takes long
         assert [text.tokens for text in texts] == expected_ids, f"{workload.name}: joins change tokens"
 
-        before, pass_sizes = self.lm.stats, []
-        scores = self._run_noting_pass_sizes(workload, pass_sizes)
+        before = self.lm.stats
+        with noted_passes(self.lm) as pass_sizes:
+            scores = self.run(workload)
         done = self.lm.stats - before
         line = Line(
             suite=suite,
@@ -139,15 +140,6 @@ class Bench:
         seconds = min(seconds_of(lambda: evaluate(texts)) for _ in range(5))
         assert (self.lm.stats - before).tokens_computed == 0
         return seconds
-
-    def _run_noting_pass_sizes(self, workload: Workload, pass_sizes: list[int]) -> Scores:
-        executor = self.lm.session.evaluator.executor
-        forward = executor.forward
-        executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
-        try:
-            return self.run(workload)
-        finally:
-            del executor.forward
 
 
 def _num_shared(texts: list[tuple[int, ...]]) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -70,6 +71,24 @@ def peak_bytes_of(work: Callable[[], object]) -> int | None:
 def resident_bytes() -> int:
     """Memory of this process that lies in RAM now."""
     return _status_bytes("VmRSS")
+
+
+@contextmanager
+def noted_passes(lm: LM) -> Iterator[list[int]]:
+    """Yield a list that gets the number of tokens of each pass, as long as the context lasts; on the CPU."""
+    executor = lm.session.evaluator.executor
+    sizes: list[int] = []
+    forward = executor.forward
+
+    def noting(pass_: Any, *more: Any) -> Any:
+        sizes.append(len(pass_.token_ids))
+        return forward(pass_, *more)
+
+    executor.forward = noting  # type: ignore[method-assign]
+    try:
+        yield sizes
+    finally:
+        del executor.forward
 
 
 def matmul_seconds(lm: LM, pass_sizes: list[int], num_logit_rows: int, rows_in_a_slice: int) -> float:

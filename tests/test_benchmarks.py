@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from backprompt import LM
+from backprompt import LM, Text, evaluate, generate
 from benchmarks import __main__ as command
 from benchmarks import contenders, report, suites, workloads
-from benchmarks.measure import Spread
+from benchmarks.measure import Spread, noted_passes
 from benchmarks.plots import files_of
 from benchmarks.rows import from_json
 from benchmarks.suite import Suite
@@ -270,3 +270,20 @@ def test_a_simulation_follows_its_rates() -> None:
     one, *_, many = workers.simulated(slow, 4000)
     assert many.faster == pytest.approx((one.slowest + 4) / (many.slowest + 4))
     assert many.faster < lines[-1].faster
+
+
+def test_the_passes_of_all_calls_are_noted(tokenizer: Any) -> None:
+    lm = LM(build("gpt2", vocab_size=workloads.VOCABULARY), tokenizer)
+    evaluate(Text("The first call has passes of the probe.", lm))
+    prompts = [Text(f"{word} and", lm) for word in ("one", "two")]
+    before = lm.stats
+    with noted_passes(lm) as sizes:
+        lm.token_logprobs([prompt + " more" for prompt in prompts], prompts)
+        num_scored = (lm.stats - before).tokens_computed
+        assert sum(sizes) == num_scored > 0
+        generate(prompts, max_new_tokens=5, min_new_tokens=5)  # some of the steps go in place
+    done = lm.stats - before
+    assert sum(sizes) == done.tokens_computed > num_scored
+    assert len(sizes) == done.forward_passes
+    lm.token_logprobs([Text("three", lm)])
+    assert len(sizes) == done.forward_passes

@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel
 from backprompt import LM, Text, generate
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
-from benchmarks.measure import Spread, matmul_seconds, seconds_of
+from benchmarks.measure import Spread, matmul_seconds, noted_passes, seconds_of
 from benchmarks.peer import VLLM, Peer
 from benchmarks.rows import Key, as_json
 from benchmarks.suite import Measured, Results, Say, Suite
@@ -167,18 +167,17 @@ class _Race:
     def _ours(self, name: str, spent: dict[str, float]) -> tuple[Completions, float, int]:
         """Continue the texts with one of our LMs; also note the seconds that its matrix products take alone."""
         lm = self._lms[name]
-        executor, pass_sizes = lm.session.evaluator.executor, []
-        forward = executor.forward
-        executor.forward = lambda pass_: pass_sizes.append(pass_.num_tokens) or forward(pass_)  # type: ignore
         lm.clear()
         before, generated = lm.stats, []
-        seconds = seconds_of(
-            lambda: generated.extend(generate(self._texts[name], max_new_tokens=NEW_TOKENS, show_progress_bar=False))
-        )
-        del executor.forward
+        with noted_passes(lm) as pass_sizes:
+            seconds = seconds_of(
+                lambda: generated.extend(
+                    generate(self._texts[name], max_new_tokens=NEW_TOKENS, show_progress_bar=False)
+                )
+            )
         done = lm.stats - before
         rows_a_step = max(1, done.logit_rows // len(pass_sizes))  # the head runs once a step
-        rows = min(rows_a_step, executor.rows_in_a_slice)
+        rows = min(rows_a_step, lm.session.evaluator.executor.rows_in_a_slice)
         spent[_products_of(name)] = matmul_seconds(lm, pass_sizes, done.logit_rows, rows)
         return [text.completion_tokens for text in generated], seconds, done.tokens_computed
 
