@@ -35,8 +35,7 @@ def tables_of(results: Results) -> dict[str, str]:
 
     """
     tables = [table for suite in _measured(results) for table in suite.tables(results)]
-    machines = dict.fromkeys(map(as_sentence, results["machines"].values()))
-    tables.append(Table("machine", "\n\n".join(machines)))
+    tables.append(Table("machine", _machines(results)))
     texts = {table.marker: table.text for table in tables}
     if len(texts) < len(tables):
         raise ValueError(f"Two tables have the same marker: {sorted(table.marker for table in tables)}.")
@@ -57,6 +56,14 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
         return f"<!-- {match[1]} -->\n{tables[match[1]]}\n<!-- /{match[1]} -->"
 
     return re.sub(r"^<!-- ((?:table )?\w+) -->\n.*?^<!-- /\1 -->", replace, page, flags=re.DOTALL | re.M)
+
+
+def _machines(results: Results) -> str:
+    """Return the machines, each behind the names of the suites that were measured on it."""
+    names: dict[str, list[str]] = {}
+    for name, machine in results["machines"].items():
+        names.setdefault(as_sentence(machine), []).append(name)
+    return "\n".join(f"- *{', '.join(own)}*: {machine}" for machine, own in names.items())
 
 
 def _measured(results: Results) -> list[Suite]:

@@ -160,7 +160,7 @@ def test_adding_a_suite_is_adding_its_file(
     results = json.loads(path.read_text(encoding="utf-8"))
     assert results == {"machines": {"toy": {"processor": "an abacus"}}, "lines": [], "toy": [{"seconds": 12.5}]}
     tables = report.tables_of(results)
-    assert tables == {"table toy": "| s |\n| --- |\n| 12.5 |", "machine": "processor an abacus"}
+    assert tables == {"table toy": "| s |\n| --- |\n| 12.5 |", "machine": "- *toy*: processor an abacus"}
     page = "<!-- table five -->\nold\n<!-- /table five -->\n<!-- table toy -->\nold\n<!-- /table toy -->"
     assert report.with_tables(page, tables) == page[: page.index("toy")] + (
         "toy -->\n| s |\n| --- |\n| 12.5 |\n<!-- /table toy -->"
