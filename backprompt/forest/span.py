@@ -31,9 +31,8 @@ Behind a junction, attention counts a span once for each branch that leads throu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
@@ -130,10 +129,23 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
 _BELOW: Mapping[str, str] = {slot: f"{slot}_below" for slot in _SLOTS.values()}
 """For each of these attributes, the one that counts the spans right behind that hold the same data in the same pool."""
 
-_NEEDS = {
-    (kind, pool): attrgetter(slot, _BELOW[slot], _SLOTS["keys_values", pool]) for (kind, pool), slot in _SLOTS.items()
+IS_FREE: Mapping[Pool, Mapping[Kind, Callable[[Span], bool]]] = {
+    "device": {
+        "states": lambda span: span.states is not None and not span.states_below and span.keys_values is None,
+        "keys_values": lambda span: span.keys_values is not None and not span.keys_values_below,
+    },
+    "host": {
+        "states": lambda span: (
+            span.host_states is not None and not span.host_states_below and span.host_keys_values is None
+        ),
+        "keys_values": lambda span: span.host_keys_values is not None and not span.host_keys_values_below,
+    },
 }
-"""For each kind of data in each pool: its place, the number of spans that need it, the place of keys and values."""
+"""For each pool and kind of data: whether the span has such data there that no other data there needs, so that the
+data can be evicted.
+
+The spans right behind a span need it, and keys and values need their states.
+"""
 
 NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
 """The children of a span without children. Most spans have none, and a dict each would slow the garbage collector."""
@@ -191,7 +203,10 @@ class Span:
         self.states: Rows | None = None
         self.host_keys_values: Rows | None = None
         self.host_states: Rows | None = None
-        self.keys_values_below = self.states_below = self.host_keys_values_below = self.host_states_below = 0
+        self.keys_values_below: int = 0
+        self.states_below: int = 0
+        self.host_keys_values_below: int = 0
+        self.host_states_below: int = 0
         self.was_computed = False
         self.computed_in = self.loaded_in = 0
         self.is_end = False
@@ -286,14 +301,6 @@ class Span:
         rows: Rows | None = getattr(self, _SLOTS[kind, pool])
         return rows
 
-    def is_free(self, kind: Kind, pool: Pool) -> bool:
-        """Whether one kind of data lies in a pool and no other data there needs it, so that it can be evicted.
-
-        The spans right behind this one need it, and keys and values need their states.
-        """
-        rows, num_below, keys_values = _NEEDS[kind, pool](self)
-        return rows is not None and not num_below and (kind == "keys_values" or keys_values is None)
-
     def place(self, *, keys_values: Rows | None = None, states: Rows | None = None) -> None:
         """Record new places on the device for the given data, and remove those in the second pool."""
         if states is not None:
@@ -310,16 +317,17 @@ class Span:
         self._put(_SLOTS[kind, pool], rows)
         self.let_go(kind, "host" if pool == "device" else "device")
 
-    def let_go(self, kind: Kind, pool: Pool) -> None:
-        """Remove one kind of data from a pool."""
+    def let_go(self, kind: Kind, pool: Pool) -> Rows | None:
+        """Remove one kind of data from a pool, and return its place there, if it had one."""
         slot = _SLOTS[kind, pool]
         rows: Rows | None = getattr(self, slot)
         if rows is None:
-            return
+            return None
         setattr(self, slot, None)
         if rows.block is not None:
             rows.block.release(self, rows.stop - rows.start)
         self._count_below(slot, -1)
+        return rows
 
     def drop(self) -> None:
         """Remove all data, so that references to the span do not keep blocks alive."""
@@ -343,9 +351,9 @@ class Span:
 
     def _count_below(self, slot: str, change: int) -> None:
         """Add `change` to the number of spans, counted by each parent, that hold this data and need the parent."""
-        below = _BELOW[slot]
-        for parent in self.parents:
-            setattr(parent, below, getattr(parent, below) + change)
+        if self.parent is not None:
+            below = _BELOW[slot]
+            setattr(self.parent, below, getattr(self.parent, below) + change)
 
     def give(self, upper: Span, num_tokens: int) -> None:
         """Give the rows of the first tokens to a new parent, in either pool, without copying."""
@@ -426,6 +434,11 @@ class Junction(Span):
         """The span before the group, and the ends of its branches."""
         assert self.parent is not None
         return tuple(dict.fromkeys((self.parent, *(end for end, _ in self.branches))))
+
+    def _count_below(self, slot: str, change: int) -> None:
+        below = _BELOW[slot]
+        for parent in self.parents:
+            setattr(parent, below, getattr(parent, below) + change)
 
 
 def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:

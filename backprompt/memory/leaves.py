@@ -1,9 +1,10 @@
 """The leaves of a tier: the rows that can be evicted next, in the order of eviction.
 
-Rows can be evicted if no other rows of the tier need them (`Span.is_free`). A heap keeps such rows by rank. The heap
-may lag behind the forest: spans that were used or computed are noted, and are examined at the beginning of the next
-eviction. An entry taken from the heap is first compared with its span. So no eviction walks over the forest: rows are
-examined only when they become leaves, when their span is used, and when they are evicted.
+Rows can be evicted if no other rows of the tier need them (`IS_FREE`). Such rows lie in queues by rank, and a heap
+orders the ranks: the spans of one evaluation have few ranks, and many leaves share a queue. The queues may lag behind
+the forest: spans that were used or computed are noted, and are examined at the beginning of the next eviction. A leaf
+taken from a queue is first compared with its span. So no eviction walks over the forest: rows are examined only when
+they become leaves, when their span is used, and when they are evicted.
 
 The leaves are unknown before the first eviction, after an error, and when many spans were used since the last eviction.
 Then `begin` must get all spans with rows once.
@@ -11,7 +12,6 @@ Then `begin` must get all spans with rows once.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import TypeAlias
 
-from backprompt.forest.span import Kind, Pool, Span
+from backprompt.forest.span import IS_FREE, Kind, Pool, Span
 
 Rank: TypeAlias = "tuple[float, int]"
 """The credit of a span and its last use. The leaf of lowest rank is evicted first; of equals, the one found first."""
@@ -32,8 +32,8 @@ MIN_NOTED = 1000
 """Up to this number of noted spans, leaves are never forgotten; up to this number of entries, none is sorted out."""
 
 
-Leaf: TypeAlias = "tuple[float, int, int, Kind, Span]"
-"""Rows of a span: credit and last use (their rank), a running number that orders equal ranks, their kind, the span."""
+Leaf: TypeAlias = "tuple[Kind, Span]"
+"""Rows of a span: their kind, and the span."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,12 @@ class Leaves:
         self.highest = 0.0
         self.pool = pool
         self.rank = rank
-        self._heap: list[Leaf] = []
-        self._numbers = itertools.count()
+        self._is_free = IS_FREE[pool]
+        self._queues: dict[Rank, deque[Leaf]] = {}
+        self._ranks: list[Rank] = []  # a heap of the ranks that have a queue
+        self._num_queued = 0
         self._noted: dict[Span, None] | None = None
-        self._max_noted = self._max_heap = MIN_NOTED
+        self._max_noted = self._max_queued = MIN_NOTED
         self._aside: list[Leaf] = []  # leaves that stay in this eviction
         self._later: dict[int, deque[Leaf]] = {}  # leaves that later passes attend to, by their last use
         self.spared = NOTHING_SPARED
@@ -100,8 +102,8 @@ class Leaves:
     def forget(self) -> None:
         """Forget all leaves: from now on they are unknown."""
         self._noted = None
-        self._heap, self._aside = [], []
-        self._later, self.spared = {}, NOTHING_SPARED
+        self._queues, self._ranks, self._num_queued = {}, [], 0
+        self._aside, self._later, self.spared = [], {}, NOTHING_SPARED
 
     def begin(self, spans: Iterable[Span]) -> None:
         """Find the leaves among all spans with rows."""
@@ -128,7 +130,7 @@ class Leaves:
             self.offer("states" if span.rows_in("keys_values", self.pool) is None else "keys_values", span)
         self._noted.clear()
         self._spare(spared)
-        if len(self._heap) > self._max_heap:
+        if self._num_queued > self._max_queued:
             self._sort_out()
 
     def take(self) -> Leaf | None:
@@ -136,61 +138,71 @@ class Leaves:
 
         Leaves to which later passes attend come last, starting with those of the latest pass.
         """
-        heap, pool, rank_of, spared = self._heap, self.pool, self.rank, self.spared
-        while heap:
-            leaf = heappop(heap)
-            credit, last_used, _, kind, span = leaf
-            if not span.is_free(kind, pool):
+        ranks, is_free, rank_of, spared = self._ranks, self._is_free, self.rank, self.spared
+        while ranks:
+            rank = ranks[0]
+            queue = self._queues[rank]
+            if not queue:
+                del self._queues[heappop(ranks)]
                 continue
-            if (credit, last_used) != rank_of(kind, span):
+            leaf = kind, span = queue.popleft()
+            self._num_queued -= 1
+            if not is_free[kind](span):
+                continue
+            if rank_of(kind, span) != rank:
                 self.offer(kind, span)
             elif spared.stays(span):
                 self._aside.append(leaf)
             elif spared.is_needed_later(span):
                 self._later.setdefault(spared.last_uses[span], deque()).append(leaf)
             else:
-                if credit > self.highest:
-                    self.highest = credit
+                self.highest = max(self.highest, rank[0])
                 return leaf
         return self._take_later()
 
     def offer(self, kind: Kind, span: Span) -> None:
         """Add a span's rows of one kind if they are a leaf."""
-        if span.is_free(kind, self.pool):
-            heappush(self._heap, (*self.rank(kind, span), next(self._numbers), kind, span))
+        if not self._is_free[kind](span):
+            return
+        rank = self.rank(kind, span)
+        queue = self._queues.get(rank)
+        if queue is None:
+            queue = self._queues[rank] = deque()
+            heappush(self._ranks, rank)
+        queue.append((kind, span))
+        self._num_queued += 1
 
     def end_eviction(self) -> None:
-        """Put the leaves that stayed back into the heap, for later evictions."""
+        """Put the leaves that stayed back into their queues, for later evictions."""
         for leaf in self._aside:
-            heappush(self._heap, leaf)
+            self.offer(*leaf)
         self._aside = []
 
     def _spare(self, spared: Spared) -> None:
-        """Set the spared spans; leaves to which no later pass attends any more go back into the heap."""
+        """Set the spared spans; leaves to which no later pass attends any more go back into their queues."""
         is_same_plan = spared.last_uses is self.spared.last_uses
         self.spared = spared
         for last_use in [use for use in self._later if use < spared.next_pass or not is_same_plan]:
             for leaf in self._later.pop(last_use):
-                heappush(self._heap, leaf)
+                self.offer(*leaf)
 
     def _take_later(self) -> Leaf | None:
         while self._later:
             latest = max(self._later)
             leaves = self._later[latest]
             while leaves:
-                leaf = leaves.popleft()
-                _, _, _, kind, span = leaf
+                leaf = kind, span = leaves.popleft()
                 if self.spared.stays(span):
                     self._aside.append(leaf)
-                elif span.is_free(kind, self.pool):
+                elif self._is_free[kind](span):
                     return leaf
             del self._later[latest]
         return None
 
     def _sort_out(self) -> None:
         """Remove entries of rows that are gone or have another rank."""
-        leaves = dict.fromkeys((kind, span) for _, _, _, kind, span in sorted(self._heap))
-        self._heap = []
-        for kind, span in leaves:
-            self.offer(kind, span)
-        self._max_heap = 2 * len(self._heap) + MIN_NOTED
+        leaves = dict.fromkeys(leaf for rank in sorted(self._ranks) for leaf in self._queues[rank])
+        self._queues, self._ranks, self._num_queued = {}, [], 0
+        for leaf in leaves:
+            self.offer(*leaf)
+        self._max_queued = 2 * self._num_queued + MIN_NOTED

@@ -64,8 +64,9 @@ class Tier:
 
         The spans that blocks have noted meanwhile (`Watch.takers`) are noted, too.
         """
-        self._leaves.note(spans)
-        self._leaves.note(self._watch.takers)
+        if self._leaves.are_known:
+            self._leaves.note(spans)
+            self._leaves.note(self._watch.takers)
         self._watch.takers.clear()
 
     def recount(self, spans: Sequence[Span]) -> None:
@@ -109,10 +110,9 @@ class Tier:
         self._leaves.begin_eviction(spared)
         pool = self._pool
         while excess > 0 and (leaf := self._leaves.take()) is not None:
-            _, _, _, kind, span = leaf
-            rows = dropped[kind][span] = cast("BlockRows[Any]", span.rows_in(kind, pool))
+            kind, span = leaf
+            rows = dropped[kind][span] = cast("BlockRows[Any]", span.let_go(kind, pool))
             excess -= rows.num_bytes
-            span.let_go(kind, pool)
             self._unblock(kind, span)
         self._leaves.end_eviction()
         return dropped
@@ -120,10 +120,11 @@ class Tier:
     def _unblock(self, kind: Kind, span: Span) -> None:
         """Offer the rows that an eviction may have made leaves: those of the parents, and the span's own states."""
         for parent in span.parents:
-            if parent.rows_in(kind, self._pool) is not None:
-                parent.credit = max(parent.credit, span.credit)
-                parent.last_used = max(parent.last_used, span.last_used)
-                self._leaves.offer(kind, parent)
+            if parent.credit < span.credit:
+                parent.credit = span.credit
+            if parent.last_used < span.last_used:
+                parent.last_used = span.last_used
+            self._leaves.offer(kind, parent)
         if kind == "keys_values":
             self._leaves.offer("states", span)
 

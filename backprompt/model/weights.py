@@ -53,7 +53,7 @@ class PartsMonitor:
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._behaviour = BehaviourMonitor(model)
         self._offloaded = offloaded(model)
-        self._sources = [weight.source() for weight in self._offloaded]
+        self._sources = self._current_sources()
         self._names_elsewhere: dict[nn.Module, set[str]] = {}
         for weight in self._offloaded:
             self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
@@ -78,14 +78,17 @@ class PartsMonitor:
         """Return whether a part is another object, or lies at another address, than at construction."""
         return (
             self._contents.have_changed()
-            or any(any(map(is_foreign, hooks.values())) for hooks in filter(None, self._hooks))
-            or any(len(table) != num_before for table, num_before in self._rewritten)
+            or (any(self._hooks) and any(is_foreign(hook) for hooks in self._hooks for hook in hooks.values()))
+            or (self._rewritten and any(len(table) != num_before for table, num_before in self._rewritten))
             or self._spreading.has_changed()
-            or not all(map(_is_same, [weight.source() for weight in self._offloaded], self._sources))
+            or (self._offloaded and not all(map(_is_same, self._current_sources(), self._sources)))
             or not _are_same(self._special_numbers(), self._numbers)
             or _pointers(self.tensors) != self._pointers
             or self._behaviour.has_changed()
         )
+
+    def _current_sources(self) -> list[object]:
+        return [weight.source() for weight in self._offloaded]
 
     def _special_numbers(self) -> list[Tensor]:
         return [number for weight in self._special for number in numbers_of(weight)]
