@@ -60,6 +60,13 @@ The C library reuses memory of up to 32 MB for the next slice. Larger slices are
 takes longer to make them than a small model takes to fill them.
 """
 
+CACHED_SLICE_BYTES = 4 << 20
+"""A slice of this size stays in the processor's cache until its rows are read."""
+
+SLICE_TO_HEAD = 8
+"""The size of a slice on the CPU, as a multiple of the head's: the weights of the head are read for each slice. So only
+a tiny head, of less than a megabyte, takes slices that stay in the cache."""
+
 DEVICE_HEAD_SLICE_BYTES = 128 << 20
 """The same limit on other devices, where each slice costs launches. Scoring takes four times as many bytes besides."""
 
@@ -358,7 +365,10 @@ class Executor:
     @property
     def rows_in_a_slice(self) -> int:
         """The largest number of logit rows that one call of `logits` should compute."""
-        num_bytes = HEAD_SLICE_BYTES if self.device.type == "cpu" else DEVICE_HEAD_SLICE_BYTES
+        num_bytes = DEVICE_HEAD_SLICE_BYTES
+        if self.device.type == "cpu":
+            head_bytes = self.hidden_size * self.logit_row_bytes
+            num_bytes = min(HEAD_SLICE_BYTES, max(CACHED_SLICE_BYTES, SLICE_TO_HEAD * head_bytes))
         return max(1, num_bytes // self.logit_row_bytes)
 
     def tokens_per_forward(self) -> int:
