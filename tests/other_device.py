@@ -200,8 +200,10 @@ def _count(func: Any, args: Any) -> None:
         return
     is_wait = func in _READS or func in _WITH_UNKNOWN_SIZE
     if func in _INDEXING:
-        indices = [index for index in tree_leaves(args[1]) if isinstance(index, Tensor)]
+        leaves = tree_leaves(args[1])
+        indices = [index for index in leaves if isinstance(index, Tensor)]
         is_wait = any(not _is_elsewhere(index) or index.dtype == torch.bool for index in indices)
+        is_wait |= any(map(_is_elsewhere, (bound for index in leaves for bound in _bounds(index))))
     if func in (Tensor.copy_, Tensor.__setitem__):
         value = args[1] if func is Tensor.copy_ else args[2]
         is_wait |= isinstance(value, Tensor) and _is_elsewhere(value) != _is_elsewhere(args[0])
@@ -262,8 +264,19 @@ def _names_dtype(value: Any) -> bool:
     return isinstance(value, (torch.dtype, Tensor))
 
 
+def _bounds(index: Any) -> tuple[Any, ...]:
+    """Those of a slice, which pytree takes for a leaf."""
+    return (index.start, index.stop, index.step) if isinstance(index, slice) else ()
+
+
 def _inner(values: Any) -> Any:
-    return tree_map(lambda value: value.inner if _is_elsewhere(value) else value, values)
+    return tree_map(_inner_leaf, values)
+
+
+def _inner_leaf(value: Any) -> Any:
+    if isinstance(value, slice):
+        return slice(*map(_inner_leaf, _bounds(value)))
+    return value.inner if _is_elsewhere(value) else value
 
 
 def _wrapped(found: Any, given: list[Any]) -> Any:
