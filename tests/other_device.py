@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("mps")  # a device for which the library has no kernel of its own
 ROOT = Path(__file__).parent.parent
@@ -127,7 +126,7 @@ class OtherDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__deepcopy__ and not _is_elsewhere(args[0]):
             return func(*args, **kwargs)  # its memo knows tensors of all devices
-        if func in _MOVES or _is_there(kwargs.get("device")) or any(map(_is_elsewhere, tree_leaves((args, kwargs)))):
+        if func in _MOVES or _is_there(kwargs.get("device")) or any(map(_is_elsewhere, _leaves((args, kwargs)))):
             return _call(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -160,7 +159,7 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _moved(func, *args, **kwargs)
     if func in _ARRAYS and _is_elsewhere(args[0]):
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy.")
-    given = tree_leaves((args, kwargs))
+    given = _leaves((args, kwargs))
     is_there = _is_there(kwargs.get("device")) or ("device" not in kwargs and any(map(_is_elsewhere, given)))
     if func is Tensor.copy_:
         is_there = _is_elsewhere(args[0])
@@ -200,10 +199,10 @@ def _count(func: Any, args: Any) -> None:
         return
     is_wait = func in _READS or func in _WITH_UNKNOWN_SIZE
     if func in _INDEXING:
-        leaves = tree_leaves(args[1])
-        indices = [index for index in leaves if isinstance(index, Tensor)]
-        is_wait = any(not _is_elsewhere(index) or index.dtype == torch.bool for index in indices)
-        is_wait |= any(map(_is_elsewhere, (bound for index in leaves for bound in _bounds(index))))
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        indices = [index for part in parts if not isinstance(part, slice) for index in _leaves(part)]
+        is_wait = any(isinstance(index, Tensor) and _is_read(index) for index in indices)
+        is_wait |= any(_is_elsewhere(bound) for part in parts if isinstance(part, slice) for bound in _leaves(part))
     if func in (Tensor.copy_, Tensor.__setitem__):
         value = args[1] if func is Tensor.copy_ else args[2]
         is_wait |= isinstance(value, Tensor) and _is_elsewhere(value) != _is_elsewhere(args[0])
@@ -211,6 +210,11 @@ def _count(func: Any, args: Any) -> None:
         _note_wait()
     else:
         device.launches += 1
+
+
+def _is_read(index: Tensor) -> bool:
+    """Whether the host waits for an index: one on the CPU is copied, and a mask has an unknown number of rows."""
+    return not _is_elsewhere(index) or index.dtype == torch.bool
 
 
 def _note_wait() -> None:
@@ -264,19 +268,31 @@ def _names_dtype(value: Any) -> bool:
     return isinstance(value, (torch.dtype, Tensor))
 
 
-def _bounds(index: Any) -> tuple[Any, ...]:
-    """Those of a slice, which pytree takes for a leaf."""
-    return (index.start, index.stop, index.step) if isinstance(index, slice) else ()
-
-
 def _inner(values: Any) -> Any:
-    return tree_map(_inner_leaf, values)
+    return _mapped(lambda value: value.inner if _is_elsewhere(value) else value, values)
 
 
-def _inner_leaf(value: Any) -> Any:
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same with other leaves, as by `torch.utils._pytree`, which is slower and takes a slice for a leaf."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(function, part) for part in value])
+    if isinstance(value, dict):
+        return {key: _mapped(function, part) for key, part in value.items()}
     if isinstance(value, slice):
-        return slice(*map(_inner_leaf, _bounds(value)))
-    return value.inner if _is_elsewhere(value) else value
+        return slice(*_mapped(function, _bounds(value)))
+    return function(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    if isinstance(value, dict):
+        return _leaves(list(value.values()))
+    return _leaves(_bounds(value)) if isinstance(value, slice) else [value]
+
+
+def _bounds(index: slice) -> tuple[Any, Any, Any]:
+    return index.start, index.stop, index.step
 
 
 def _wrapped(found: Any, given: list[Any]) -> Any:
@@ -286,4 +302,4 @@ def _wrapped(found: Any, given: list[Any]) -> Any:
     def wrap(value: Any) -> Any:
         return (known[id(value)] if id(value) in known else Elsewhere(value)) if isinstance(value, Tensor) else value
 
-    return tree_map(wrap, found)
+    return _mapped(wrap, found)
