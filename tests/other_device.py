@@ -12,6 +12,7 @@ launched. Numbers are the CPU's.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,16 +111,19 @@ class OtherDevice(TorchFunctionMode):
         self.waits: Counter[str] = Counter()
         self.launches = 0
         self._apply: Any = nn.Module._apply
+        self._run: Any = threading.Thread.run
 
     def __enter__(self) -> OtherDevice:
         OtherDevice.current = self
         nn.Module._apply = lambda *args: self._applied(*args)
+        threading.Thread.run = lambda thread: self._run_there(thread)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         nn.Module._apply = self._apply
+        threading.Thread.run = self._run
         OtherDevice.current = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -134,6 +138,14 @@ class OtherDevice(TorchFunctionMode):
         if any(map(_is_elsewhere, module.parameters())):
             return _replaced(module, function)
         return self._apply(module, function, recurse)
+
+    def _run_there(self, thread: threading.Thread) -> None:
+        """Run a thread that starts within the context: a mode of torch holds in one thread alone."""
+        super().__enter__()
+        try:
+            self._run(thread)
+        finally:
+            super().__exit__(None, None, None)
 
     def moved(self, model: nn.Module) -> nn.Module:
         """The same model, on the device; shared weights stay shared."""
