@@ -135,7 +135,7 @@ class OtherDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _applied(self, module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if any(map(_is_elsewhere, module.parameters())):
+        if any(_is_elsewhere(value) or _is_elsewhere(function(value.detach())) for value in module.parameters()):
             return _replaced(module, function)
         return self._apply(module, function, recurse)
 
@@ -160,7 +160,7 @@ def _replaced(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Modu
             for name, value in held.items():
                 if value is not None:
                     if id(value) not in made:
-                        made[id(value)] = (value, function(value))
+                        made[id(value)] = (value, function(value.detach()))
                     _, held[name] = made[id(value)]
                     held[name]._is_param = is_parameter
     return model
