@@ -444,7 +444,8 @@ def test_an_activated_lora_is_as_peft_computes_it(tokenizer):
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "lora_" in path:
-                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view(parameter.shape))
+                moved = torch.linspace(-0.3, 0.3, parameter.numel(), device=parameter.device)
+                parameter.add_(moved.view(parameter.shape))
     with pytest.raises(bp.UnsupportedModelError, match=r"activated LoRA.*disable_adapter_layers.*with_adapter"):
         LM(model, tokenizer)
     ids = [*range(20, 40), 7, 8, 1, 2, 3]
