@@ -196,6 +196,8 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dtype = next(iter(dtypes), tensor.dtype)
     inner = _inner(tensor)
     is_there, goes_there = _is_elsewhere(tensor), _is_there(target)
+    if not (is_there or goes_there):
+        return func(tensor, *args, **kwargs)
     if is_there == goes_there and dtype == tensor.dtype and not kwargs.get("copy"):
         return tensor
     if is_there != goes_there and not (goes_there and _is_called_by("on_device")):
