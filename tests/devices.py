@@ -21,7 +21,7 @@ if NAME == "other":
     torch.mps.recommended_max_memory = lambda: 4 << 30
     torch.mps.current_allocated_memory = lambda: 0
 
-known_to_torch = pytest.mark.skipif(NAME == "other", reason="torch, and all threads, must know the device")
+known_to_torch = pytest.mark.skipif(NAME == "other", reason="torch must know the device")
 
 
 def on_test_device(model):

@@ -12,6 +12,7 @@ launched. Numbers are the CPU's.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("mps")  # a device for which the library has no kernel of its own
 ROOT = Path(__file__).parent.parent
@@ -111,30 +111,41 @@ class OtherDevice(TorchFunctionMode):
         self.waits: Counter[str] = Counter()
         self.launches = 0
         self._apply: Any = nn.Module._apply
+        self._run: Any = threading.Thread.run
 
     def __enter__(self) -> OtherDevice:
         OtherDevice.current = self
         nn.Module._apply = lambda *args: self._applied(*args)
+        threading.Thread.run = lambda thread: self._run_there(thread)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         nn.Module._apply = self._apply
+        threading.Thread.run = self._run
         OtherDevice.current = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is Tensor.__deepcopy__ and not _is_elsewhere(args[0]):
             return func(*args, **kwargs)  # its memo knows tensors of all devices
-        if func in _MOVES or _is_there(kwargs.get("device")) or any(map(_is_elsewhere, tree_leaves((args, kwargs)))):
+        if func in _MOVES or _is_there(kwargs.get("device")) or any(map(_is_elsewhere, _leaves((args, kwargs)))):
             return _call(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _applied(self, module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if any(map(_is_elsewhere, module.parameters())):
+        if any(_is_elsewhere(value) or _is_elsewhere(function(value.detach())) for value in module.parameters()):
             return _replaced(module, function)
         return self._apply(module, function, recurse)
+
+    def _run_there(self, thread: threading.Thread) -> None:
+        """Run a thread that starts within the context: a mode of torch holds in one thread alone."""
+        super().__enter__()
+        try:
+            self._run(thread)
+        finally:
+            super().__exit__(None, None, None)
 
     def moved(self, model: nn.Module) -> nn.Module:
         """The same model, on the device; shared weights stay shared."""
@@ -149,7 +160,7 @@ def _replaced(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Modu
             for name, value in held.items():
                 if value is not None:
                     if id(value) not in made:
-                        made[id(value)] = (value, function(value))
+                        made[id(value)] = (value, function(value.detach()))
                     _, held[name] = made[id(value)]
                     held[name]._is_param = is_parameter
     return model
@@ -160,7 +171,7 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _moved(func, *args, **kwargs)
     if func in _ARRAYS and _is_elsewhere(args[0]):
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy.")
-    given = tree_leaves((args, kwargs))
+    given = _leaves((args, kwargs))
     is_there = _is_there(kwargs.get("device")) or ("device" not in kwargs and any(map(_is_elsewhere, given)))
     if func is Tensor.copy_:
         is_there = _is_elsewhere(args[0])
@@ -185,6 +196,8 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dtype = next(iter(dtypes), tensor.dtype)
     inner = _inner(tensor)
     is_there, goes_there = _is_elsewhere(tensor), _is_there(target)
+    if not (is_there or goes_there):
+        return func(tensor, *args, **kwargs)
     if is_there == goes_there and dtype == tensor.dtype and not kwargs.get("copy"):
         return tensor
     if is_there != goes_there and not (goes_there and _is_called_by("on_device")):
@@ -200,8 +213,10 @@ def _count(func: Any, args: Any) -> None:
         return
     is_wait = func in _READS or func in _WITH_UNKNOWN_SIZE
     if func in _INDEXING:
-        indices = [index for index in tree_leaves(args[1]) if isinstance(index, Tensor)]
-        is_wait = any(not _is_elsewhere(index) or index.dtype == torch.bool for index in indices)
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        indices = [index for part in parts if not isinstance(part, slice) for index in _leaves(part)]
+        is_wait = any(isinstance(index, Tensor) and _is_read(index) for index in indices)
+        is_wait |= any(_is_elsewhere(bound) for part in parts if isinstance(part, slice) for bound in _leaves(part))
     if func in (Tensor.copy_, Tensor.__setitem__):
         value = args[1] if func is Tensor.copy_ else args[2]
         is_wait |= isinstance(value, Tensor) and _is_elsewhere(value) != _is_elsewhere(args[0])
@@ -209,6 +224,11 @@ def _count(func: Any, args: Any) -> None:
         _note_wait()
     else:
         device.launches += 1
+
+
+def _is_read(index: Tensor) -> bool:
+    """Whether the host waits for an index: one on the CPU is copied, and a mask has an unknown number of rows."""
+    return not _is_elsewhere(index) or index.dtype == torch.bool
 
 
 def _note_wait() -> None:
@@ -263,7 +283,30 @@ def _names_dtype(value: Any) -> bool:
 
 
 def _inner(values: Any) -> Any:
-    return tree_map(lambda value: value.inner if _is_elsewhere(value) else value, values)
+    return _mapped(lambda value: value.inner if _is_elsewhere(value) else value, values)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same with other leaves, as by `torch.utils._pytree`, which is slower and takes a slice for a leaf."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(function, part) for part in value])
+    if isinstance(value, dict):
+        return {key: _mapped(function, part) for key, part in value.items()}
+    if isinstance(value, slice):
+        return slice(*_mapped(function, _bounds(value)))
+    return function(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    if isinstance(value, dict):
+        return _leaves(list(value.values()))
+    return _leaves(_bounds(value)) if isinstance(value, slice) else [value]
+
+
+def _bounds(index: slice) -> tuple[Any, Any, Any]:
+    return index.start, index.stop, index.step
 
 
 def _wrapped(found: Any, given: list[Any]) -> Any:
@@ -273,4 +316,4 @@ def _wrapped(found: Any, given: list[Any]) -> Any:
     def wrap(value: Any) -> Any:
         return (known[id(value)] if id(value) in known else Elsewhere(value)) if isinstance(value, Tensor) else value
 
-    return tree_map(wrap, found)
+    return _mapped(wrap, found)

@@ -19,7 +19,7 @@ from backprompt.attention import maps
 from backprompt.model.executor import Executor
 from backprompt.model.in_flight import InFlight
 from comparing import assert_close
-from devices import DEVICE
+from devices import DEVICE, known_to_torch
 from quick import up_to
 from reference import ATOL, masked_attention, plain_attention
 from tiny_cached_models import build as build_by_levels
@@ -83,6 +83,7 @@ def num_loaded():
     return sum(not parameter.is_meta for layer in layers for parameter in layer.parameters())
 
 
+@known_to_torch
 def test_an_offloaded_model_moves_its_weights_back(tokenizer):
     plain = build("llama")
     lm = LM(cpu_offload(build("llama"), DEVICE), tokenizer)

@@ -26,7 +26,7 @@ from backprompt.attention.calls import PreparedCalls
 from backprompt.generation.run import Run
 from backprompt.memory.location import Location
 from comparing import assert_close, num_distinct_ids
-from devices import DEVICE, known_to_torch
+from devices import DEVICE
 from reference import generated_by_transformers, plain_greedy, plain_logits, plain_token_logprobs
 from threads import in_threads
 from tiny_models import FAMILIES, MAX_POSITIONS
@@ -427,7 +427,6 @@ def test_a_stream_overtakes_another_of_the_same_text(lm, model):
     assert not lm.session.evaluator.holders.ends()
 
 
-@known_to_torch
 def test_threads_generate_beside_each_other(lm, model):
     def work(idx):
         text = Text(PROMPTS[idx % 4], lm)

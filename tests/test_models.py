@@ -37,7 +37,7 @@ from backprompt import LM, Text, TextTooLongError, TokenIdError, UnsupportedMode
 from backprompt.model import families
 from backprompt.training import token_logprobs
 from comparing import assert_close, assert_equals_plain, num_distinct
-from devices import known_to_torch, on_test_device
+from devices import on_test_device
 from reference import ids_for, plain_ids, plain_logits
 from tiny_models import FAMILIES, LONGROPE_ORIGINAL_POSITIONS, MAX_POSITIONS, OTHERS, SLIDING_WINDOW, VOCAB_SIZE
 from tiny_tokenizers import byte_level_bpe
@@ -466,7 +466,6 @@ ADAPTERS = {
 }
 
 
-@known_to_torch
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
     model = peft.get_peft_model(FAMILIES["llama"](), ADAPTERS[kind]).eval()
@@ -480,7 +479,6 @@ def test_a_model_with_an_adapter_equals_its_plain_call(kind, tokenizer):
     assert (texts[0].logits.cpu() - base).abs().max() > 1e-2
 
 
-@known_to_torch
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -505,7 +503,6 @@ def test_adapters_that_look_at_the_whole_call_are_refused(config, reason, tokeni
         LM(peft.get_peft_model(FAMILIES["llama"](), config), tokenizer)
 
 
-@known_to_torch
 def test_an_adapter_that_scales_others_by_a_run_of_its_own_is_refused(tokenizer, tmp_path):
     for name in ("a", "b"):
         lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -518,7 +515,6 @@ def test_an_adapter_that_scales_others_by_a_run_of_its_own_is_refused(tokenizer,
         LM(peft.get_peft_model(base, config), tokenizer)
 
 
-@known_to_torch
 def test_a_lora_on_parameters_is_refused(tokenizer):
     base = random_model(MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2))
     config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
@@ -532,7 +528,6 @@ SMALL_ADAPTERS = {
 }
 
 
-@known_to_torch
 @pytest.mark.parametrize("kind", SMALL_ADAPTERS)
 def test_adapters_that_look_at_linear_layers_find_them_where_onednn_serves(kind, tokenizer, monkeypatch):
     monkeypatch.setattr("backprompt.model.linear.is_faster", lambda: True)
@@ -710,7 +705,6 @@ def test_a_cache_of_another_form_is_refused(tokenizer):
         text.model_repr.past_key_values()
 
 
-@known_to_torch
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
 def test_generation_continues_from_past_key_values_and_changes_nothing(family, tokenizer):
     model = FAMILIES[family]()
@@ -733,7 +727,6 @@ def test_generation_continues_from_past_key_values_and_changes_nothing(family, t
     assert before.bytes_held == held
 
 
-@known_to_torch
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral_sliding"])
 def test_a_text_itself_is_generated_on_from_a_cache_of_all_but_its_last_token(family, tokenizer):
     """Something must be left to forward: given a cache of all its ids, `generate` forwards all of them once more."""

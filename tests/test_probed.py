@@ -11,7 +11,7 @@ from backprompt.model import weights
 from backprompt.session import fingerprint
 from backprompt.training import token_logprobs
 from comparing import assert_equals_plain
-from devices import DEVICE, known_to_torch
+from devices import DEVICE
 from tiny_models import build
 
 
@@ -100,7 +100,6 @@ def test_parts_that_changed_before_their_first_use_are_probed(probed, tokenizer)
     assert len(probed) == 1
 
 
-@known_to_torch
 def test_each_state_of_adapters_is_probed_once(probed, tokenizer):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = peft.get_peft_model(build("llama"), config).to(DEVICE)

@@ -17,6 +17,7 @@ from backprompt.model.quantized import compared_as, numbers_of, special_weights,
 from backprompt.model.weights import WeightsMonitor, content_hash
 from backprompt.store import MemoryStore
 from comparing import assert_close
+from devices import known_to_torch
 from reference import plain_logits
 from tiny_cached_models import build as build_cached
 from tiny_models import FAMILIES
@@ -253,6 +254,7 @@ def test_inputs_with_one_scale_a_call_are_refused_by_name(tokenizer):
         LM(model, tokenizer)
 
 
+@known_to_torch
 def test_a_model_that_cannot_compute_with_its_quantized_weights_is_refused_with_this_reason(tokenizer):
     """The layers of Mamba multiply by a weight themselves, which torchao's tensors do not take."""
     torchao()

@@ -229,7 +229,7 @@ def test_next_token_logprobs_are_those_of_the_plain_call(lm, model):
     ids = [[5], [], [40, 41, 40], [7, 8]]
     for text, token_ids, found in zip(texts, ids, lm.next_token_logprobs(texts, ids), strict=True):
         expected = [plain_token_logprobs(model, [*text.tokens, token_id])[-1].item() for token_id in token_ids]
-        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=ATOL[torch.float32])
+        np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=0, atol=ATOL[torch.float32])
     assert lm.next_token_logprobs([], []) == []
 
 

@@ -333,7 +333,6 @@ def _noting(self, made: list, init, *args, **options) -> None:
     init(self, *args, **options)
 
 
-@known_to_torch
 def test_copies_and_pickles_of_a_model_have_no_lm():
     model, (ids, mask) = build("llama"), group(2, 3, 2).tensors()
     expected = token_logprobs(model, ids, mask).logprobs
