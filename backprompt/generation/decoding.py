@@ -58,9 +58,13 @@ class Rules:
             criterion for criterion in self.criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
         ]
 
-    def are_met(self, ids: Tensor) -> Tensor:
-        """Return whether a criterion ends each of `(texts, tokens)`, `(texts,)`."""
-        return torch.stack([criterion(ids, None) for criterion in self.criteria]).any(dim=0)
+    def are_ends(self, token_ids: Tensor) -> Tensor:
+        """Return whether each token is an end token, in the same shape."""
+        ends: list[Any] = [criterion for criterion in self.criteria if type(criterion) is EosTokenCriteria]
+        found = torch.zeros_like(token_ids, dtype=torch.bool)
+        for criterion in ends:
+            found |= criterion(token_ids.reshape(-1, 1), None).reshape(token_ids.shape)
+        return found
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,8 @@ class Decoding:
         ids = torch.zeros((1, 1), dtype=torch.long)
         rules = self.rules(ids)
         rules.processors(ids, torch.zeros((1, num_tokens_of(self.model))))
-        rules.are_met(ids)
+        for criterion in rules.criteria:
+            criterion(ids, None)
         ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
         self.end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
 
