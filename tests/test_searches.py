@@ -1,0 +1,144 @@
+"""Beam searches side by side: each the same to the bit as alone, with one call of transformers' functions for all."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+from backprompt import LM, GenerationError, Regex, Text, generate
+from backprompt.generation.beams import BeamDecoding, choose_beams
+from backprompt.generation.choosing import Logits
+from backprompt.generation.constrained import constraints_of
+from backprompt.generation.decoding import Decoding
+from backprompt.generation.stops import StopStrings
+from test_beams import theirs
+from tiny_models import VOCAB_SIZE
+
+FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+MAX_NEW = 6
+
+options_of_searches = st.fixed_dictionaries(
+    {"num_beams": st.integers(2, 4)},
+    optional={
+        "length_penalty": st.sampled_from([-1.0, 0.0, 0.7, 2.0]),
+        "early_stopping": st.sampled_from([True, "never"]),
+        "eos_token_id": st.sampled_from([7, list(range(0, VOCAB_SIZE, 9)), list(range(0, VOCAB_SIZE, 3))]),
+        "repetition_penalty": st.just(1.7),
+        "no_repeat_ngram_size": st.just(2),
+        "min_new_tokens": st.integers(1, 4),
+        "forced_eos_token_id": st.just(9),
+    },
+)
+prompts_of_texts = st.lists(
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=9).map(tuple), min_size=2, max_size=6
+)
+
+
+def logits_behind(ids):
+    """Logits that depend only on the ids, rounded so that some are equal."""
+    generator = torch.Generator().manual_seed(hash(ids))
+    return torch.randn(VOCAB_SIZE, generator=generator).mul_(3).round_(decimals=1)
+
+
+def step(searches, slice_rows):
+    """Continue searches by the logits behind all that they ask for."""
+    asked = [(prompt, text, text.ahead) for prompt, text in searches]
+    row_of, ids = {}, []
+    for prompt, _, ahead in asked:
+        for completion in ahead:
+            if row_of.setdefault((*prompt, *completion), len(ids)) == len(ids):
+                ids.append((*prompt, *completion))
+    logits = torch.stack([logits_behind(own) for own in ids])
+    rows = [{completion: row_of[*prompt, *completion] for completion in ahead} for prompt, _, ahead in asked]
+    choose_beams([text for _, text in searches], rows, Logits(torch.split(logits, slice_rows), slice_rows))
+
+
+@FLAT
+@given(
+    prompts=prompts_of_texts,
+    options=options_of_searches,
+    stop=st.sampled_from([None, "a", ["e", "t "]]),
+    is_constrained=st.booleans(),
+    slice_rows=st.sampled_from([1, 5, 1000]),
+    data=st.data(),
+)
+def test_searches_together_are_those_alone(
+    lm, model, tokenizer, prompts, options, stop, is_constrained, slice_rows, data
+):
+    """Texts begin at different steps, and constraints force tokens: the numbers of new tokens differ."""
+    constraints = [data.draw(st.sampled_from([None, Regex("[ab]{2}ccc[ab]{9}"), Regex("aaa|b+")])) for _ in prompts]
+    decoding = Decoding(
+        model,
+        tokenizer,
+        max_new_tokens=MAX_NEW,
+        stops=StopStrings(stop, tokenizer),
+        seed=0,
+        given=options,
+        constraints=constraints_of(lm, constraints if is_constrained else None, len(prompts)),
+    )
+    num_each = options["num_beams"]
+
+    def begun(idx):
+        return BeamDecoding(decoding, prompts[idx], decoding.matching(idx))
+
+    expected = []
+    for idx, prompt in enumerate(prompts):
+        alone = begun(idx)
+        try:
+            while not alone.is_finished:
+                step([(prompt, alone)], 1000)
+        except GenerationError:  # the options exclude every token that the constraint allows
+            reject()
+        expected.append(alone.found(num_each))
+    waits = [data.draw(st.integers(0, 3)) for _ in prompts]
+    texts = [begun(idx) for idx in range(len(prompts))]
+    step_idx = 0
+    while not all(text.is_finished for text in texts):
+        going_on = [
+            (prompt, text)
+            for prompt, text, wait in zip(prompts, texts, waits, strict=True)
+            if wait <= step_idx and not text.is_finished
+        ]
+        if going_on:
+            step(going_on, slice_rows)
+        step_idx += 1
+    assert [text.found(num_each) for text in texts] == expected
+
+
+@settings(FLAT, max_examples=25)
+@given(
+    words=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    options=options_of_searches,
+    max_live=st.sampled_from([8, 256]),
+    data=st.data(),
+)
+def test_each_text_of_many_is_as_transformers_continues_it(model, tokenizer, words, options, max_live, data):
+    lm = LM(model, tokenizer)
+    texts = [Text("The cat" + " sat" * num, lm) for num in words]
+    n = data.draw(st.integers(1, options["num_beams"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("backprompt.generation.run.MAX_LIVE_TEXTS", max_live)
+        found = generate(texts, max_new_tokens=MAX_NEW, n=n, show_progress_bar=False, **options)
+    for text, own in zip(texts, found, strict=True):
+        expected = theirs(model, text.tokens, n=n, max_new_tokens=MAX_NEW, **options)
+        assert [one.completion_tokens for one in own] == expected
+
+
+def test_each_function_of_transformers_is_called_once_a_step(lm, model, monkeypatch):
+    """For texts of different lengths; the head's rows of all of them are one slice."""
+    names = [
+        "_get_top_k_continuations",
+        "_get_running_beams_for_next_iteration",
+        "_update_finished_beams",
+        "_check_early_stop_heuristic",
+        "_beam_search_has_unfinished_sequences",
+    ]
+    calls = []
+    for name in names:
+        plain = getattr(model, name)
+        monkeypatch.setattr(
+            model, name, lambda *args, name=name, plain=plain, **more: (calls.append(name), plain(*args, **more))[1]
+        )
+    texts = [Text("The cat" + " sat" * num, lm) for num in range(8)]
+    generate(texts, max_new_tokens=MAX_NEW, num_beams=4)
+    assert sorted(calls) == sorted(names * MAX_NEW)
