@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import HealthCheck, example, given, reject, settings
 from hypothesis import strategies as st
+from test_beams import theirs
 
 from backprompt import LM, GenerationError, Regex, Text, generate
 from backprompt.generation.beams import BeamDecoding, choose_beams
@@ -11,7 +12,6 @@ from backprompt.generation.choosing import Logits
 from backprompt.generation.constrained import constraints_of
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.stops import StopStrings
-from test_beams import theirs
 from tiny_models import VOCAB_SIZE
 
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -29,8 +29,14 @@ options_of_searches = st.fixed_dictionaries(
         "forced_eos_token_id": st.just(9),
     },
 )
-prompts_of_texts = st.lists(
-    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=9).map(tuple), min_size=2, max_size=6
+texts_to_search = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=9).map(tuple),
+        st.integers(0, 3),  # the step at which the text begins
+        st.sampled_from([None, Regex("[ab]{2}ccc[ab]{9}"), Regex("aaa|b+")]),
+    ),
+    min_size=2,
+    max_size=6,
 )
 
 
@@ -49,24 +55,24 @@ def step(searches, slice_rows):
             if row_of.setdefault((*prompt, *completion), len(ids)) == len(ids):
                 ids.append((*prompt, *completion))
     logits = torch.stack([logits_behind(own) for own in ids])
-    rows = [{completion: row_of[*prompt, *completion] for completion in ahead} for prompt, _, ahead in asked]
+    rows = [{completion: row_of[(*prompt, *completion)] for completion in ahead} for prompt, _, ahead in asked]
     choose_beams([text for _, text in searches], rows, Logits(torch.split(logits, slice_rows), slice_rows))
 
 
 @FLAT
 @given(
-    prompts=prompts_of_texts,
+    given_texts=texts_to_search,
     options=options_of_searches,
     stop=st.sampled_from([None, "a", ["e", "t "]]),
-    is_constrained=st.booleans(),
-    slice_rows=st.sampled_from([1, 5, 1000]),
-    data=st.data(),
+    are_constrained=st.booleans(),
+    slice_rows=st.tuples(*[st.sampled_from([1, 5, 1000])] * 2),  # of steps in turns
 )
+@example([((1,), 0, None), ((2, 3), 0, None), ((4,), 0, Regex("b+"))], {"num_beams": 2}, None, True, (5, 1000))
 def test_searches_together_are_those_alone(
-    lm, model, tokenizer, prompts, options, stop, is_constrained, slice_rows, data
+    lm, model, tokenizer, given_texts, options, stop, are_constrained, slice_rows
 ):
     """Texts begin at different steps, and constraints force tokens: the numbers of new tokens differ."""
-    constraints = [data.draw(st.sampled_from([None, Regex("[ab]{2}ccc[ab]{9}"), Regex("aaa|b+")])) for _ in prompts]
+    constraints = [constraint for _, _, constraint in given_texts] if are_constrained else None
     decoding = Decoding(
         model,
         tokenizer,
@@ -74,35 +80,34 @@ def test_searches_together_are_those_alone(
         stops=StopStrings(stop, tokenizer),
         seed=0,
         given=options,
-        constraints=constraints_of(lm, constraints if is_constrained else None, len(prompts)),
+        constraints=constraints_of(lm, constraints, len(given_texts)),
     )
-    num_each = options["num_beams"]
 
-    def begun(idx):
-        return BeamDecoding(decoding, prompts[idx], decoding.matching(idx))
+    def begun():
+        return [
+            (prompt, BeamDecoding(decoding, prompt, decoding.matching(idx)))
+            for idx, (prompt, _, _) in enumerate(given_texts)
+        ]
 
-    expected = []
-    for idx, prompt in enumerate(prompts):
-        alone = begun(idx)
+    alone = begun()
+    for one in alone:
         try:
-            while not alone.is_finished:
-                step([(prompt, alone)], 1000)
+            while not one[1].is_finished:
+                step([one], slice_rows=1000)
         except GenerationError:  # the options exclude every token that the constraint allows
             reject()
-        expected.append(alone.found(num_each))
-    waits = [data.draw(st.integers(0, 3)) for _ in prompts]
-    texts = [begun(idx) for idx in range(len(prompts))]
-    step_idx = 0
-    while not all(text.is_finished for text in texts):
-        going_on = [
-            (prompt, text)
-            for prompt, text, wait in zip(prompts, texts, waits, strict=True)
-            if wait <= step_idx and not text.is_finished
+    together = begun()
+    for step_idx in range(MAX_NEW + 4):
+        live = [
+            one
+            for one, (_, start, _) in zip(together, given_texts, strict=True)
+            if start <= step_idx and not one[1].is_finished
         ]
-        if going_on:
-            step(going_on, slice_rows)
-        step_idx += 1
-    assert [text.found(num_each) for text in texts] == expected
+        if live:
+            step(live, slice_rows[step_idx % 2])
+    for (_, one), (_, expected) in zip(together, alone, strict=True):
+        assert one.found(one.num_beams) == expected.found(one.num_beams)
+        assert one.num_new == expected.num_new
 
 
 @settings(FLAT, max_examples=25)
@@ -122,6 +127,35 @@ def test_each_text_of_many_is_as_transformers_continues_it(model, tokenizer, wor
     for text, own in zip(texts, found, strict=True):
         expected = theirs(model, text.tokens, n=n, max_new_tokens=MAX_NEW, **options)
         assert [one.completion_tokens for one in own] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"early_stopping": True},
+        {"early_stopping": "never", "length_penalty": 0.3},
+        {"early_stopping": "never", "length_penalty": -1.0},
+    ],
+    ids=str,
+)
+def test_a_search_has_as_many_steps_as_in_transformers(lm, model, monkeypatch, options):
+    calls = []
+    plain = model._get_top_k_continuations
+    monkeypatch.setattr(model, "_get_top_k_continuations", lambda **given: (calls.append(0), plain(**given))[1])
+
+    def num_steps(work):
+        calls.clear()
+        work()
+        return len(calls)
+
+    options = {"max_new_tokens": 12, "num_beams": 2, "eos_token_id": list(range(0, VOCAB_SIZE, 3)), **options}
+    nums = []
+    for num in range(8):
+        text = Text("The cat" + " sat" * num, lm)
+        nums.append(num_steps(lambda text=text: text.generate(**options)))
+        assert nums[-1] == num_steps(lambda text=text: theirs(model, text.tokens, **options))
+    assert len(set(nums)) > 1
 
 
 def test_each_function_of_transformers_is_called_once_a_step(lm, model, monkeypatch):

@@ -129,10 +129,8 @@ def _end_now(
     if candidates.num_new == texts[0].decoding.max_new_tokens:
         return torch.ones_like(candidates.last_tokens, dtype=torch.bool)
     ends_now = texts[0].rules.are_ends(candidates.last_tokens)
-    if any(text.may_be_over for text in texts):
-        are_over = [
-            text.are_over([completion for completion, _ in own]) for text, own in zip(texts, choices, strict=True)
-        ]
+    are_over = [text.are_over([ids for ids, _ in own]) for text, own in zip(texts, choices, strict=True)]
+    if any(map(any, are_over)):
         ends_now |= torch.tensor(are_over, device=ends_now.device)
     for text, own, sequences in zip(texts, ends_now, candidates.sequences, strict=True):
         for criterion in text.rules.other_criteria:
@@ -194,13 +192,10 @@ class BeamDecoding:
         """Return the tokens that the constraint allows behind each beam; None for a text without a constraint."""
         return None if self._matching is None else list(map(self._matching.allowed, self.beams))
 
-    @property
-    def may_be_over(self) -> bool:
-        """Whether a stop string or the constraint may end a continuation."""
-        return bool(self.decoding.stops.strings) or self._matching is not None
-
     def are_over(self, candidates: Sequence[Completion]) -> list[bool]:
         """Return whether a stop string or the constraint ends each continuation of the beams by one token."""
+        if self._matching is None and not self.decoding.stops.strings:
+            return [False] * len(candidates)
         self._watched = {
             ids: self.decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(candidates)
         }
