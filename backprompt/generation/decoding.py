@@ -2,7 +2,8 @@
 
 Configuration, logits processors and stopping criteria are those of transformers. Each text has processors and criteria
 of its own. So texts of different lengths are never padded, and the choice for one does not depend on the others.
-Besides this file, options.py, choosing.py, quick.py, constrained.py and beams.py know transformers' generation.
+Besides this file, options.py, choosing.py, quick.py, constrained.py, beams.py and searches.py know transformers'
+generation.
 """
 
 from __future__ import annotations
