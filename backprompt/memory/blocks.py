@@ -168,10 +168,11 @@ class Block(ABC):
         return type(self)({name: self._copied(name, pieces, location) for name in self.tensors})
 
     def _copied(self, name: str, pieces: Sequence[slice], location: Location | None) -> Tensor:
-        rows = _picked(self.tensors[name], pieces, self.token_axis)
-        if name in self.on_host:
-            return rows.clone()
-        return (Location.of(self.tensors[name]) if location is None else location.of_tensor(name)).copy(rows)
+        tensor = self.tensors[name]
+        rows = _picked(tensor, pieces, self.token_axis)
+        if location is not None and name not in self.on_host:
+            return location.of_tensor(name).copy(rows)
+        return Location.of(tensor).copy(rows) if rows is tensor else rows  # other rows are a copy already
 
     def zeros(self, num_rows: int) -> Self:
         """Return a block of `num_rows` rows of zeros, with the same shapes and location."""
