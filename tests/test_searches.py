@@ -12,6 +12,7 @@ from backprompt.generation.choosing import Logits
 from backprompt.generation.constrained import constraints_of
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.stops import StopStrings
+from operations import Operations
 from tiny_models import VOCAB_SIZE
 
 FLAT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -46,8 +47,8 @@ def logits_behind(ids):
     return torch.randn(VOCAB_SIZE, generator=generator).mul_(3).round_(decimals=1)
 
 
-def step(searches, slice_rows):
-    """Continue searches by the logits behind all that they ask for."""
+def asked_of(searches, slice_rows):
+    """Return the texts of searches, and for each the rows of the logits behind all that it asks for."""
     asked = [(prompt, text, text.ahead) for prompt, text in searches]
     row_of, ids = {}, []
     for prompt, _, ahead in asked:
@@ -56,7 +57,11 @@ def step(searches, slice_rows):
                 ids.append((*prompt, *completion))
     logits = torch.stack([logits_behind(own) for own in ids])
     rows = [{completion: row_of[(*prompt, *completion)] for completion in ahead} for prompt, _, ahead in asked]
-    choose_beams([text for _, text in searches], rows, Logits(torch.split(logits, slice_rows), slice_rows))
+    return [text for _, text in searches], rows, Logits(torch.split(logits, slice_rows), slice_rows)
+
+
+def step(searches, slice_rows):
+    choose_beams(*asked_of(searches, slice_rows))
 
 
 @FLAT
@@ -176,3 +181,21 @@ def test_each_function_of_transformers_is_called_once_a_step(lm, model, monkeypa
     texts = [Text("The cat" + " sat" * num, lm) for num in range(8)]
     generate(texts, max_new_tokens=MAX_NEW, num_beams=4)
     assert sorted(calls) == sorted(names * MAX_NEW)
+
+
+@pytest.mark.parametrize("options", [{}, {"eos_token_id": list(range(0, VOCAB_SIZE, 3)), "min_new_tokens": 2}], ids=str)
+def test_operations_of_a_step_are_as_many_for_any_number_of_texts(lm, model, tokenizer, options):
+    stops = StopStrings(None, tokenizer)
+    given = {"num_beams": 3, **options}
+    decoding = Decoding(model, tokenizer, max_new_tokens=MAX_NEW, stops=stops, seed=0, given=given)
+
+    def num_operations(num_texts):
+        searches = [(prompt, BeamDecoding(decoding, prompt)) for prompt in zip(range(num_texts), strict=True)]
+        for _ in range(3):
+            step(searches, slice_rows=1000)
+        asked = asked_of(searches, slice_rows=1000)
+        with Operations(lm.session.evaluator.executor) as operations:
+            choose_beams(*asked)
+        return operations.num
+
+    assert num_operations(64) == num_operations(8) < 200
