@@ -170,9 +170,11 @@ class Block(ABC):
     def _copied(self, name: str, pieces: Sequence[slice], location: Location | None) -> Tensor:
         tensor = self.tensors[name]
         rows = _picked(tensor, pieces, self.token_axis)
-        if location is not None and name not in self.on_host:
-            return location.of_tensor(name).copy(rows)
-        return Location.of(tensor).copy(rows) if rows is tensor else rows  # other rows are a copy already
+        if rows is not tensor and (location is None or name in self.on_host):
+            return rows  # a copy already
+        if name in self.on_host:
+            return rows.clone()
+        return (Location.of(tensor) if location is None else location.of_tensor(name)).copy(rows)
 
     def zeros(self, num_rows: int) -> Self:
         """Return a block of `num_rows` rows of zeros, with the same shapes and location."""
