@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backprompt.memory.growth import ROWS_AT_A_TIME, Growth
+from backprompt.memory.location import Location
 from tiny_blocks import TOKEN_BYTES, assert_right, compute, inserted
 
 PROMPTS = ((1, 2, 3), (1, 2, 4, 5))
@@ -79,6 +80,23 @@ def test_rows_that_lie_side_by_side_are_not_copied():
     assert [span.token_ids for span in forest.spans()] == [(1, 2, 3, 4)]
     assert end.states.block is block
     assert_right([end])
+
+
+@pytest.mark.parametrize("rows", [slice(1, 2), slice(0, 3)], ids=["some", "all"])
+def test_copied_rows_are_copied_once_into_tensors_of_their_own(monkeypatch, rows):
+    _, (end,) = inserted((1, 2, 3))
+    compute([end])
+    made, empty = [], Location.empty
+    monkeypatch.setattr(Location, "empty", lambda *args: (made.append(args), empty(*args))[1])
+    for block in (end.keys_values.block, end.states.block):
+        made.clear()
+        copied = block.copied([rows])
+        assert len(made) <= len(block.tensors)
+        for name, tensor in copied.tensors.items():
+            own = block.tensors[name]
+            assert torch.equal(tensor, own.narrow(block.token_axis, rows.start, rows.stop - rows.start))
+            assert tensor.untyped_storage().data_ptr() != own.untyped_storage().data_ptr()
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @pytest.mark.parametrize("why", ["an end", "held", "another continues it", "no keys and values", "stored"])

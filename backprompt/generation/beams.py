@@ -1,15 +1,16 @@
-"""Beam search of one text: the rules of transformers, over branches of the forest.
+"""Beam search of many texts: the rules of transformers, over branches of the forest.
 
-Scores, penalties and the end of the search are computed by transformers' own functions, called in the order of its
-`_beam_search`. Only the logits are our own. Beams are continuations of one text, so beams with a common beginning share
-its spans, and a discarded beam is a branch that is dropped. Ids and scores are reordered with the beams, as in
-transformers; keys and values are not.
+Scores, penalties and the end of the searches are computed by transformers' own functions (searches.py), called in the
+order of its `_beam_search`, once for all texts with as many new tokens. Only the logits are our own. Beams are
+continuations of one text, so beams with a common beginning share its spans, and a discarded beam is a branch that is
+dropped. Ids and scores are reordered with the beams, as in transformers; keys and values are not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,10 @@ from backprompt.generation.constrained import MAX_FORCED, allowed_rows
 from backprompt.generation.decoding import Decoding, Rules
 from backprompt.generation.found import Choice, Completion, Found
 from backprompt.generation.quick import first_of_largest
+from backprompt.generation.searches import Continuations, Searches
+from backprompt.generation.stops import Watched
 from backprompt.logprobs import log_softmax
 from backprompt.tokens.matching import Allowed, Matching
-
-UNREACHABLE = -1e9
-"""The score that transformers gives to a place without a beam."""
 
 
 def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completion, int]], logits: Logits) -> None:
@@ -43,9 +43,13 @@ def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completio
     num_beams = texts[0].num_beams
     going_on = list(zip(texts, rows, strict=True))
     while going_on:
-        for group in slices(going_on, max(1, logits.slice_rows // num_beams)):
-            own = logits.of([row[beam] for text, row in group for beam in text.beams])
-            _go_on([text for text, _ in group], own)
+        by_num_new: dict[int, list[tuple[BeamDecoding, Mapping[Completion, int]]]] = {}
+        for text, row in going_on:
+            by_num_new.setdefault(text.num_new, []).append((text, row))
+        for alike in by_num_new.values():
+            for group in slices(alike, max(1, logits.slice_rows // num_beams)):
+                own = logits.of([row[beam] for text, row in group for beam in text.beams])
+                _go_on([text for text, _ in group], own)
         going_on = [
             (text, row) for text, row in going_on if not text.is_finished and all(beam in row for beam in text.beams)
         ]
@@ -54,21 +58,84 @@ def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completio
 
 
 def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
-    """Continue the beams of some texts by the logits after them, `(beams of all texts, vocab)`."""
-    for text in texts:
-        text.begin(logits.device)
+    """Continue the beams of texts with as many new tokens by the logits after them, `(beams of all texts, vocab)`."""
+    searches = Searches.together([text.begin(logits.device) for text in texts])
+    model, config = texts[0].decoding.model, texts[0].rules.config
     logprobs = log_softmax(logits)
     allowed = allowed_rows([text.allowed() for text in texts], texts[0].num_beams, logits)
     scores = processed(texts, logprobs.float(), allowed)
-    constrained = constrained_logprobs(logits, allowed)
-    among_allowed = logprobs if constrained is None else constrained
-    so_far = torch.cat([text.scores for text in texts])
-    accumulated = (scores + so_far[:, None]).reshape(len(texts), -1)  # (texts, beams * vocab)
+    accumulated = (scores + searches.scores.reshape(-1, 1)).reshape(len(texts), -1)  # (texts, beams * vocab)
     check_best(accumulated.amax(dim=-1).tolist(), is_drawn=False)
-    most_probable = first_of_largest(logits.float()).reshape(len(texts), -1).tolist()
-    own_rows = [rows.tensor_split(len(texts)) for rows in (logprobs, among_allowed)]
-    for idx, (text, own, own_allowed) in enumerate(zip(texts, *own_rows, strict=True)):
-        text.go_on(accumulated[idx : idx + 1], own, own_allowed, most_probable[idx])
+    candidates = searches.candidates(model, accumulated, _num_kept(config))
+    choices = _choices(texts, candidates, logits, logprobs, constrained_logprobs(logits, allowed))
+    ends_now = _end_now(texts, candidates, choices)
+    after = searches.with_candidates(model, candidates, ends_now, config)
+    are_finished = after.are_finished(model, ends_now, config).tolist()
+    lasts = torch.stack((after.beams_before % after.num_beams, after.last_tokens), dim=-1).tolist()
+    found = zip(
+        *(texts, after.split(), lasts, after.scores.tolist(), after.hypotheses(), map(dict, choices), are_finished),
+        strict=True,
+    )
+    for text, *own in found:
+        text.go_on(*own)
+
+
+def _num_kept(config: Any) -> int:
+    """Return the number of candidates of a search, as in transformers: some can go on even if all end tokens do not."""
+    end_tokens = config._eos_token_tensor
+    num: int = max(2, 1 + (0 if end_tokens is None else len(end_tokens))) * config.num_beams
+    return num
+
+
+def _choices(
+    texts: Sequence[BeamDecoding],
+    candidates: Continuations,
+    logits: Tensor,
+    logprobs: Tensor,
+    constrained: Tensor | None,
+) -> list[list[tuple[Completion, Choice]]]:
+    """Return the candidates of each text, and the last token of each.
+
+    Args:
+        texts: the texts, before the step.
+        candidates: the candidates of all texts.
+        logits: behind the beams of all texts, `(beams, vocab)`.
+        logprobs: the log-probabilities of all tokens, `(beams, vocab)`, nats.
+        constrained: the same among the tokens that the constraints allow; None without constraints.
+
+    """
+    rows, token_ids = candidates.beams_before, candidates.last_tokens
+    chosen = logprobs[rows, token_ids]
+    among_allowed = chosen if constrained is None else constrained[rows, token_ids]
+    are_argmax = first_of_largest(logits.float())[rows] == token_ids
+    found = (rows % texts[0].num_beams, token_ids, chosen, are_argmax, among_allowed)
+    values = torch.stack([value.to(chosen.dtype) for value in found], dim=-1).tolist()
+    return [
+        [
+            (
+                (*text.beams[int(beam)], int(token_id)),
+                Choice(int(token_id), logprob, bool(is_argmax), constrained_logprob),
+            )
+            for beam, token_id, logprob, is_argmax, constrained_logprob in own
+        ]
+        for text, own in zip(texts, values, strict=True)
+    ]
+
+
+def _end_now(
+    texts: Sequence[BeamDecoding], candidates: Continuations, choices: Sequence[Sequence[tuple[Completion, Choice]]]
+) -> Tensor:
+    """Return whether each candidate is finished, `(texts, candidates)`."""
+    if candidates.num_new == texts[0].decoding.max_new_tokens:
+        return torch.ones_like(candidates.last_tokens, dtype=torch.bool)
+    ends_now = texts[0].rules.are_ends(candidates.last_tokens)
+    are_over = [text.are_over([ids for ids, _ in own]) for text, own in zip(texts, choices, strict=True)]
+    if any(map(any, are_over)):
+        ends_now |= torch.tensor(are_over, device=ends_now.device)
+    for text, own, sequences in zip(texts, ends_now, candidates.sequences, strict=True):
+        for criterion in text.rules.other_criteria:
+            own |= criterion(text.whole(sequences[:, : candidates.num_new]), None)
+    return ends_now
 
 
 class BeamDecoding:
@@ -84,22 +151,18 @@ class BeamDecoding:
     rules: Rules
 
     def __init__(self, decoding: Decoding, prompt_ids: Sequence[int], matching: Matching | None = None) -> None:
-        self._decoding = decoding
+        self.decoding = decoding
         self._matching = matching
         self._prompt_ids = prompt_ids
         self.num_beams = decoding.num_beams
-        self._is_begun = False
-        self._num_ids = len(prompt_ids)
-        # Of the beams, and of the finished beams: ids, with room for all later tokens; scores; the beam that each token
-        # came from (-1: no token). All but the last two tensors are `(1, beams, ...)`, as in transformers.
-        self._sequences = self._scores = self._indices = torch.empty(0)
-        self._ended = self._ended_scores = self._ended_indices = self._is_ended = torch.empty(0)
-        self._can_improve = torch.empty(0)  # (1, 1), whether a beam may still become better than the finished beams
-        self._is_top = torch.empty(0)  # (candidates,), whether a candidate may be finished
+        self._prompt = torch.empty(0)  # `prompt_ids` on the device of the scores, `(1, tokens)`
+        self._search: Searches | None = None
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of finished beams
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # `_choices` one step before
         self._hypotheses: list[Completion] = []
-        self._watched = {(): decoding.stops.begin(prompt_ids)}  # the latest candidates, the beams among them
+        self._watched: dict[Completion, Watched] = {
+            (): decoding.stops.begin(prompt_ids)
+        }  # the latest candidates, the beams among them
         self.beams: list[Completion] = [()] * self.num_beams
         """The completion of each beam; at first all are empty."""
         self._possible: list[Completion] = [()]  # the beams, without the fillers of score -inf
@@ -109,102 +172,76 @@ class BeamDecoding:
     @property
     def num_new(self) -> int:
         """The number of tokens that a beam has added so far."""
-        return self._num_ids - len(self._prompt_ids)
+        return len(self.beams[0])
 
     @property
     def num_ids(self) -> int:
         """The number of ids of a beam so far, the prompt included."""
-        return self._num_ids
+        return len(self._prompt_ids) + self.num_new
 
     def ids(self) -> Tensor:
         """Return the ids of the beams so far, `(beams, tokens)`."""
-        return self._sequences[0, :, : self._num_ids]
+        assert self._search is not None
+        return self.whole(self._search.sequences[0, :, : self.num_new])
 
-    @property
-    def scores(self) -> Tensor:
-        """The accumulated scores of the beams, `(beams,)`."""
-        return self._scores[0]
+    def whole(self, sequences: Tensor) -> Tensor:
+        """Return continuations behind the ids of the prompt, `(continuations, tokens)`."""
+        return torch.cat([self._prompt.expand(len(sequences), -1), sequences], dim=1)
 
     def allowed(self) -> list[Allowed] | None:
         """Return the tokens that the constraint allows behind each beam; None for a text without a constraint."""
         return None if self._matching is None else list(map(self._matching.allowed, self.beams))
 
+    def are_over(self, candidates: Sequence[Completion]) -> list[bool]:
+        """Return whether a stop string or the constraint ends each continuation of the beams by one token."""
+        if self._matching is None and not self.decoding.stops.strings:
+            return [False] * len(candidates)
+        self._watched = {
+            ids: self.decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(candidates)
+        }
+        return [self._watched[ids].is_stopped or self._is_over(ids) for ids in candidates]
+
     def look_ahead(self) -> None:
         """Add to `ahead` the tokens that the constraint forces behind the beams, if it forces tokens behind each."""
         if self._matching is None or self.is_finished:
             return
-        num_left = min(self._decoding.max_new_tokens - self.num_new - 1, MAX_FORCED)
+        num_left = min(self.decoding.max_new_tokens - self.num_new - 1, MAX_FORCED)
         forced = {beam: self._matching.forced(beam, num_left) for beam in self.ahead}
         num_forced = min(map(len, forced.values()))
         more = [beam + tokens[:num] for beam, tokens in forced.items() for num in range(1, num_forced + 1)]
         self.ahead = list(dict.fromkeys((*self.ahead, *more)))
 
-    def go_on(self, accumulated: Tensor, logprobs: Tensor, constrained: Tensor, most_probable: Sequence[int]) -> None:
-        """Find the next beams.
+    def go_on(
+        self,
+        search: Searches,
+        lasts: Sequence[tuple[int, int]],
+        scores: Sequence[float],
+        hypotheses: Sequence[Completion],
+        candidates: Mapping[Completion, Choice],
+        is_finished: bool,
+    ) -> None:
+        """Take the next beams.
 
         Args:
-            accumulated: the score of each beam with each token behind the beam, `(1, beams * vocab)`.
-            logprobs: the log-probability of each token behind each beam, `(beams, vocab)`, nats.
-            constrained: the same among the tokens that the constraint allows.
-            most_probable: the token with the largest logit behind each beam.
+            search: the state of the search.
+            lasts: for each beam the beam that it continues, and its last token.
+            scores: the score of each beam.
+            hypotheses: the finished beams.
+            candidates: the last tokens of all beams, and of all finished beams that are new.
+            is_finished: whether no beam can become better than the finished beams.
 
         """
-        config, model = self.rules.config, self._decoding.model
-        num_kept = self._is_top.shape[0]
-        top_scores, top_sequences, top_indices = model._get_top_k_continuations(
-            accumulated_log_probs=accumulated,
-            running_sequences=self._sequences,
-            running_beam_indices=self._indices,
-            cur_len=self._num_ids,
-            decoder_prompt_len=len(self._prompt_ids),
-            do_sample=False,
-            beams_to_keep=num_kept,
-            num_beams=self.num_beams,
-            batch_size=1,
-        )
-        ends_now = self._ends(top_sequences[0, :, : self._num_ids + 1])[None]
-        lengths = {"num_beams": self.num_beams}
-        common = {"early_stopping": config.early_stopping, "length_penalty": config.length_penalty}
-        self._sequences, self._scores, self._indices = model._get_running_beams_for_next_iteration(
-            topk_log_probs=top_scores,
-            topk_running_sequences=top_sequences,
-            topk_running_beam_indices=top_indices,
-            next_token_hits_stopping_criteria=ends_now,
-            **lengths,
-        )
-        self._ended, self._ended_scores, self._ended_indices, self._is_ended = model._update_finished_beams(
-            sequences=self._ended,
-            topk_running_sequences=top_sequences,
-            beam_scores=self._ended_scores,
-            topk_log_probs=top_scores,
-            beam_indices=self._ended_indices,
-            topk_running_beam_indices=top_indices,
-            is_early_stop_heuristic_unsatisfied=self._can_improve,
-            is_sent_finished=self._is_ended,
-            next_token_hits_stopping_criteria=ends_now,
-            top_num_beam_mask=self._is_top,
-            cur_len=self._num_ids,
-            decoder_prompt_len=len(self._prompt_ids),
-            **lengths,
-            **common,
-        )
-        self._num_ids += 1
-        self._can_improve = model._check_early_stop_heuristic(
-            is_early_stop_heuristic_unsatisfied=self._can_improve,
-            running_beam_scores=self._scores,
-            beam_scores=self._ended_scores,
-            is_sent_finished=self._is_ended,
-            cur_len=self._num_ids,
-            max_length=config.max_length,
-            decoder_prompt_len=len(self._prompt_ids),
-            **common,
-        )
-        goes_on = model._beam_search_has_unfinished_sequences(
-            self._can_improve, self._is_ended, ends_now, config.early_stopping
-        )
-        self.is_finished = not bool(goes_on)
-        self._note(logprobs, constrained, most_probable)
-        if self._hypotheses and self._matching is not None:  # of a small language all may be found before `num_beams`
+        self._search = search
+        self.beams = [(*self.beams[beam], token_id) for beam, token_id in lasts]
+        self.ahead = list(dict.fromkeys(self.beams))
+        self._possible = [ids for ids, score in zip(self.beams, scores, strict=True) if score > -math.inf]
+        self._hypotheses = list(hypotheses)
+        self._continued, self._choices = self._choices, {}
+        for ids in (*self.ahead, *hypotheses):
+            known = self._continued.get(ids)
+            self._choices[ids] = (*self._continued[ids[:-1]], candidates[ids]) if known is None else known
+        self.is_finished = is_finished
+        if hypotheses and self._matching is not None:  # of a small language all may be found before `num_beams`
             self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
 
     def needed(self) -> set[Completion]:
@@ -226,10 +263,10 @@ class BeamDecoding:
         choices = self._choices[completion]
         if completion not in self._hypotheses:
             return Found(choices, "interrupted")
-        cut = self._decoding.stops.cut(self._prompt_ids, completion)
-        reason = self._decoding.reason(
+        cut = self.decoding.stops.cut(self._prompt_ids, completion)
+        reason = self.decoding.reason(
             self.rules,
-            lambda: torch.tensor([[*self._prompt_ids, *completion]], device=self._sequences.device),
+            lambda: torch.tensor([[*self._prompt_ids, *completion]], device=self._prompt.device),
             completion[-1],
             len(completion),
             is_stopped=cut is not None,
@@ -237,65 +274,14 @@ class BeamDecoding:
         )
         return Found(choices, reason or "interrupted", cut)
 
-    def _ends(self, sequences: Tensor) -> Tensor:
-        """Return whether each of `(candidates, tokens)` is finished, `(candidates,)`."""
-        added = [tuple(ids) for ids in sequences[:, len(self._prompt_ids) :].tolist()]
-        self._watched = {
-            ids: self._decoding.stops.with_token(self._watched[ids[:-1]], ids[-1]) for ids in dict.fromkeys(added)
-        }
-        are_over = [self._watched[ids].is_stopped or self._is_over(ids) for ids in added]
-        return self.rules.are_met(sequences) | torch.tensor(are_over, device=sequences.device)
-
     def _is_over(self, completion: Completion) -> bool:
         """Return whether the constraint allows no token behind a continuation."""
         return self._matching is not None and self._matching.is_over(completion)
 
-    def begin(self, device: torch.device) -> None:
-        """Make the rules and the first beams on the device of the scores; later calls do nothing."""
-        if self._is_begun:
-            return
-        prompt = torch.tensor([self._prompt_ids], device=device)
-        self.rules = self._decoding.rules(prompt)
-        config, num_beams = self.rules.config, self.num_beams
-        self._sequences = prompt.new_zeros((1, num_beams, config.max_length))
-        self._sequences[:, :, : self._num_ids] = prompt
-        self._ended = self._sequences.clone()
-        self._scores = torch.zeros((1, num_beams), device=device)
-        self._scores[:, 1:] = UNREACHABLE  # all beams begin alike: only the first counts
-        self._ended_scores = torch.full((1, num_beams), UNREACHABLE, device=device)
-        self._is_ended = torch.zeros((1, num_beams), dtype=torch.bool, device=device)
-        self._can_improve = torch.ones((1, 1), dtype=torch.bool, device=device)
-        self._indices = torch.full((1, num_beams, self._decoding.max_new_tokens), -1, dtype=torch.int32, device=device)
-        self._ended_indices = self._indices.clone()
-        end_tokens = config._eos_token_tensor
-        num_kept = max(2, 1 + (0 if end_tokens is None else len(end_tokens))) * num_beams
-        self._is_top = torch.arange(num_kept, device=device) < num_beams
-        self._is_begun = True
-
-    def _note(self, logprobs: Tensor, constrained: Tensor, most_probable: Sequence[int]) -> None:
-        """Note the beams, the finished beams, and the scores of their last tokens."""
-        row_of = {beam: row for row, beam in reversed(list(enumerate(self.beams)))}  # of the beams that were continued
-        added = self._sequences[0, :, len(self._prompt_ids) : self._num_ids].tolist()
-        self.beams = list(map(tuple, added))
-        self.ahead = list(dict.fromkeys(self.beams))
-        self._possible = [
-            ids for ids, score in zip(self.beams, self._scores[0].tolist(), strict=True) if score > -math.inf
-        ]
-        ended = zip(
-            self._ended[0, :, len(self._prompt_ids) :].tolist(),
-            (self._ended_indices[0] >= 0).sum(dim=-1).tolist(),
-            self._is_ended[0].tolist(),
-            strict=True,
-        )
-        self._hypotheses = [tuple(ids[:num_new]) for ids, num_new, is_ended in ended if is_ended]
-        seen = dict.fromkeys((*self.ahead, *self._hypotheses))
-        new = [ids for ids in seen if ids not in self._choices]
-        last_ids = [ids[-1] for ids in new]
-        rows = [row_of[ids[:-1]] for ids in new]
-        picked = [values[rows, last_ids].tolist() if new else [] for values in (logprobs, constrained)]
-        lasts = {
-            ids: Choice(ids[-1], logprob, most_probable[row] == ids[-1], among_allowed)
-            for ids, row, logprob, among_allowed in zip(new, rows, *picked, strict=True)
-        }
-        choices = {ids: (*self._choices[ids[:-1]], lasts[ids]) if ids in lasts else self._choices[ids] for ids in seen}
-        self._continued, self._choices = self._choices, choices
+    def begin(self, device: torch.device) -> Searches:
+        """Return the search; at first make the rules and the first beams on the device of the scores."""
+        if self._search is None:
+            self._prompt = torch.tensor([self._prompt_ids], device=device)
+            self.rules = self.decoding.rules(self._prompt)
+            self._search = Searches.begin(self.num_beams, self.decoding.max_new_tokens, device)
+        return self._search

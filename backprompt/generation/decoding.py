@@ -2,7 +2,8 @@
 
 Configuration, logits processors and stopping criteria are those of transformers. Each text has processors and criteria
 of its own. So texts of different lengths are never padded, and the choice for one does not depend on the others.
-Besides this file, options.py, choosing.py, quick.py, constrained.py and beams.py know transformers' generation.
+Besides this file, options.py, choosing.py, quick.py, constrained.py, beams.py and searches.py know transformers'
+generation.
 """
 
 from __future__ import annotations
@@ -58,9 +59,13 @@ class Rules:
             criterion for criterion in self.criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
         ]
 
-    def are_met(self, ids: Tensor) -> Tensor:
-        """Return whether a criterion ends each of `(texts, tokens)`, `(texts,)`."""
-        return torch.stack([criterion(ids, None) for criterion in self.criteria]).any(dim=0)
+    def are_ends(self, token_ids: Tensor) -> Tensor:
+        """Return whether each token is an end token, in the same shape."""
+        ends: list[Any] = [criterion for criterion in self.criteria if type(criterion) is EosTokenCriteria]
+        found = torch.zeros_like(token_ids, dtype=torch.bool)
+        for criterion in ends:
+            found |= criterion(token_ids.reshape(-1, 1), None).reshape(token_ids.shape)
+        return found
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,8 @@ class Decoding:
         ids = torch.zeros((1, 1), dtype=torch.long)
         rules = self.rules(ids)
         rules.processors(ids, torch.zeros((1, num_tokens_of(self.model))))
-        rules.are_met(ids)
+        for criterion in rules.criteria:
+            criterion(ids, None)
         ends = [criterion for criterion in rules.criteria if isinstance(criterion, EosTokenCriteria)]
         self.end_ids = frozenset(token_id for criterion in ends for token_id in criterion.eos_token_id.tolist())
 

@@ -168,10 +168,13 @@ class Block(ABC):
         return type(self)({name: self._copied(name, pieces, location) for name in self.tensors})
 
     def _copied(self, name: str, pieces: Sequence[slice], location: Location | None) -> Tensor:
-        rows = _picked(self.tensors[name], pieces, self.token_axis)
+        tensor = self.tensors[name]
+        rows = _picked(tensor, pieces, self.token_axis)
+        if rows is not tensor and (location is None or name in self.on_host):
+            return rows  # a copy already
         if name in self.on_host:
             return rows.clone()
-        return (Location.of(self.tensors[name]) if location is None else location.of_tensor(name)).copy(rows)
+        return (Location.of(tensor) if location is None else location.of_tensor(name)).copy(rows)
 
     def zeros(self, num_rows: int) -> Self:
         """Return a block of `num_rows` rows of zeros, with the same shapes and location."""
@@ -182,7 +185,7 @@ class Block(ABC):
             }
         )
 
-    def copy_rows_to(self, other: Self, sources: Tensor | None, targets: Tensor) -> None:
+    def copy_rows_to(self, other: Self, sources: npt.NDArray[np.int64] | None, targets: npt.NDArray[np.int64]) -> None:
         """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block.
 
         `sources` None: all rows, in order.
@@ -190,8 +193,8 @@ class Block(ABC):
         places: dict[torch.device, tuple[Tensor | None, Tensor]] = {}  # moved once to each device
         for name, tensor in self.tensors.items():
             if tensor.device not in places:
-                own = None if sources is None else on_device(sources.numpy(), tensor.device)
-                places[tensor.device] = own, on_device(targets.numpy(), tensor.device)
+                own = None if sources is None else on_device(sources, tensor.device)
+                places[tensor.device] = own, on_device(targets, tensor.device)
             own_sources, own_targets = places[tensor.device]
             rows = tensor if own_sources is None else tensor.index_select(self.token_axis, own_sources)
             other.tensors[name].index_copy_(self.token_axis, own_targets, rows)
@@ -345,10 +348,9 @@ def copy_rows(copies: Iterable[tuple[BlockRows[Any], Block, int]]) -> None:
     for rows, target, start in copies:
         by_blocks.setdefault((rows.block, target), []).append((rows.start, rows.stop - rows.start, start))
     for (block, target), parts in by_blocks.items():
-        starts, lengths, targets = torch.tensor(parts).unbind(dim=1)
-        within = torch.arange(int(lengths.sum())) - (lengths.cumsum(dim=0) - lengths).repeat_interleave(lengths)
-        sources = starts.repeat_interleave(lengths) + within
-        block.copy_rows_to(target, sources, targets.repeat_interleave(lengths) + within)
+        starts, lengths, targets = np.array(parts, dtype=np.int64).T
+        within = np.arange(lengths.sum(), dtype=np.int64) - np.repeat(lengths.cumsum() - lengths, lengths)
+        block.copy_rows_to(target, np.repeat(starts, lengths) + within, np.repeat(targets, lengths) + within)
 
 
 def gather(rows: Iterable[BlockRows[Any]], name: str) -> Tensor:

@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Span
@@ -90,9 +89,9 @@ class NewRows:
                 logprobs, is_argmax = logprobs[chosen], is_argmax[chosen]
             states.write_scores(targets, logprobs, is_argmax)
             return
-        sources = None if are_all else torch.from_numpy(rows)
-        self.keys_values.copy_rows_to(keys_values, sources, torch.from_numpy(targets))
-        self.states.copy_rows_to(states, sources, torch.from_numpy(targets))
+        sources = None if are_all else rows
+        self.keys_values.copy_rows_to(keys_values, sources, targets)
+        self.states.copy_rows_to(states, sources, targets)
 
 
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"

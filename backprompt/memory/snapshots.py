@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from backprompt.forest.span import Span
@@ -71,7 +73,7 @@ class KeysValuesAndSnapshots(KeysValues):
         made.snapshots = picked if location is None else {row: location.copy(own) for row, own in picked.items()}
         return made
 
-    def copy_rows_to(self, other: Self, sources: Tensor | None, targets: Tensor) -> None:
+    def copy_rows_to(self, other: Self, sources: npt.NDArray[np.int64] | None, targets: npt.NDArray[np.int64]) -> None:
         """Copy the rows `sources` to the rows `targets` of another block of the same kind, or of this block.
 
         A copied snapshot takes the place of the snapshot right before its target: a growing text keeps only its latest.
