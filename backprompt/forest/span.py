@@ -31,7 +31,7 @@ Behind a junction, attention counts a span once for each branch that leads throu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
@@ -129,24 +129,6 @@ _SLOTS: Mapping[tuple[Kind, Pool], str] = {
 _BELOW: Mapping[str, str] = {slot: f"{slot}_below" for slot in _SLOTS.values()}
 """For each of these attributes, the one that counts the spans right behind that hold the same data in the same pool."""
 
-IS_FREE: Mapping[Pool, Mapping[Kind, Callable[[Span], bool]]] = {
-    "device": {
-        "states": lambda span: span.states is not None and not span.states_below and span.keys_values is None,
-        "keys_values": lambda span: span.keys_values is not None and not span.keys_values_below,
-    },
-    "host": {
-        "states": lambda span: (
-            span.host_states is not None and not span.host_states_below and span.host_keys_values is None
-        ),
-        "keys_values": lambda span: span.host_keys_values is not None and not span.host_keys_values_below,
-    },
-}
-"""For each pool and kind of data: whether the span has such data there that no other data there needs, so that the
-data can be evicted.
-
-The spans right behind a span need it, and keys and values need their states.
-"""
-
 NO_CHILDREN: Mapping[ChildKey, Span] = MappingProxyType({})
 """The children of a span without children. Most spans have none, and a dict each would slow the garbage collector."""
 
@@ -203,10 +185,7 @@ class Span:
         self.states: Rows | None = None
         self.host_keys_values: Rows | None = None
         self.host_states: Rows | None = None
-        self.keys_values_below: int = 0
-        self.states_below: int = 0
-        self.host_keys_values_below: int = 0
-        self.host_states_below: int = 0
+        self.keys_values_below = self.states_below = self.host_keys_values_below = self.host_states_below = 0
         self.was_computed = False
         self.computed_in = self.loaded_in = 0
         self.is_end = False

@@ -19,12 +19,30 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import TypeAlias
 
-from backprompt.forest.span import IS_FREE, Kind, Pool, Span
+from backprompt.forest.span import Kind, Pool, Span
 
 Rank: TypeAlias = "tuple[float, int]"
 """The credit of a span and its last use. The leaf of lowest rank is evicted first; of equals, the one found first."""
 
 Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
+
+IS_FREE: Mapping[Pool, Mapping[Kind, Callable[[Span], bool]]] = {
+    "device": {
+        "states": lambda span: span.states is not None and not span.states_below and span.keys_values is None,
+        "keys_values": lambda span: span.keys_values is not None and not span.keys_values_below,
+    },
+    "host": {
+        "states": lambda span: (
+            span.host_states is not None and not span.host_states_below and span.host_keys_values is None
+        ),
+        "keys_values": lambda span: span.host_keys_values is not None and not span.host_keys_values_below,
+    },
+}
+"""For each pool and kind of data: whether a span has such data there that can be evicted, because no other data there
+needs it.
+
+The spans right behind a span need its data, and keys and values need their states.
+"""
 
 _NO_USES: Mapping[Span, int] = MappingProxyType({})
 
