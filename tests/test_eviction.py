@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from backprompt import LM, Text, evaluate, generate
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import cut_into_passes, last_uses, missing_spans, on_the_way
-from backprompt.forest.span import Span
+from backprompt.forest.span import IS_FREE, Span
 from backprompt.memory import leaves
 from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
-from backprompt.memory.leaves import IS_FREE, Spared
+from backprompt.memory.leaves import Spared
 from backprompt.memory.location import Location
 from backprompt.model.executor import plain_surroundings
 from backprompt.tokens.graph import TokenBranch, TokenGraph, TokenGroup

@@ -1,5 +1,7 @@
 """Beam searches side by side: each the same to the bit as alone, with one call of transformers' functions for all."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, reject, settings
@@ -11,6 +13,7 @@ from backprompt.generation.beams import BeamDecoding, choose_beams
 from backprompt.generation.choosing import Logits
 from backprompt.generation.constrained import constraints_of
 from backprompt.generation.decoding import Decoding
+from backprompt.generation.searches import Searches
 from backprompt.generation.stops import StopStrings
 from operations import Operations
 from tiny_models import VOCAB_SIZE
@@ -199,3 +202,24 @@ def test_operations_of_a_step_are_as_many_for_any_number_of_texts(lm, model, tok
         return operations.num
 
     assert num_operations(64) == num_operations(8) < 200
+
+
+def alive_searches():
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is Searches]
+
+
+def test_a_finished_search_keeps_no_tensors_of_the_others(model, tokenizer):
+    ends = list(range(0, VOCAB_SIZE, 5))
+    given = {"num_beams": 2, "early_stopping": True, "eos_token_id": ends}
+    stops = StopStrings(None, tokenizer)
+    decoding = Decoding(model, tokenizer, max_new_tokens=MAX_NEW, stops=stops, seed=0, given=given)
+    searches = [(prompt, BeamDecoding(decoding, prompt)) for prompt in zip(range(16), strict=True)]
+    of_other_tests = alive_searches()
+    nums_live = []
+    while live := [one for one in searches if not one[1].is_finished]:
+        nums_live.append(len(live))
+        step(live, slice_rows=1000)
+        num_alive = len(alive_searches()) - len(of_other_tests)
+        assert num_alive == sum(not text.is_finished for _, text in searches)
+    assert len(set(nums_live)) > 2  # they end at different steps

@@ -12,10 +12,8 @@ ancestors also applies to the device alone.
                                        +-- " home"
 
 The *end* of a text is the span that holds its last token and no later token, or a junction if the text ends in a group.
-Inserting a text splits a span if the text would otherwise have no end.
-
-Splitting a span keeps the object as the *lower* part (a new span becomes the upper part), so references to the end of a
-text stay valid.
+Inserting a text splits a span if the text would otherwise have no end. Splitting a span keeps the object as the *lower*
+part (a new span becomes the upper part), so references to the end of a text stay valid.
 
 A *junction* marks the end of a group of branches. It is a span without tokens that has several parents: the span
 before the group and the ends of its branches. Branches are spans like all others: a shared branch is a child of the
@@ -31,7 +29,7 @@ Behind a junction, attention counts a span once for each branch that leads throu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
@@ -110,12 +108,10 @@ class Rows(Protocol):
 
 Kind: TypeAlias = Literal["states", "keys_values"]
 """The two kinds of data of a span; `KINDS`: both. A span holds its keys and values only with its states."""
-
 KINDS: tuple[Kind, ...] = ("states", "keys_values")
 
 Pool: TypeAlias = Literal["device", "host"]
 """The two pools of memory for the data of spans; `POOLS`: both."""
-
 POOLS: tuple[Pool, ...] = ("device", "host")
 
 _SLOTS: Mapping[tuple[Kind, Pool], str] = {
@@ -362,6 +358,22 @@ class Span:
             span = span.parent
         spans.reverse()
         return spans
+
+
+IS_FREE: Mapping[Pool, Mapping[Kind, Callable[[Span], bool]]] = {
+    "device": {
+        "states": lambda span: span.states is not None and not span.states_below and span.keys_values is None,
+        "keys_values": lambda span: span.keys_values is not None and not span.keys_values_below,
+    },
+    "host": {
+        "states": lambda span: (
+            span.host_states is not None and not span.host_states_below and span.host_keys_values is None
+        ),
+        "keys_values": lambda span: span.host_keys_values is not None and not span.host_keys_values_below,
+    },
+}
+"""Whether one kind of a span's data lies in a pool and can be evicted, because no other data there needs the data. The
+spans right behind a span need its data, and keys and values need their states."""
 
 
 @dataclass(frozen=True, eq=False)

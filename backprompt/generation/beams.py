@@ -42,7 +42,9 @@ def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completio
     """
     num_beams = texts[0].num_beams
     going_on = list(zip(texts, rows, strict=True))
-    while going_on:
+    while going_on := [
+        (text, row) for text, row in going_on if not text.is_finished and all(beam in row for beam in text.beams)
+    ]:
         by_num_new: dict[int, list[tuple[BeamDecoding, Mapping[Completion, int]]]] = {}
         for text, row in going_on:
             by_num_new.setdefault(text.num_new, []).append((text, row))
@@ -50,9 +52,6 @@ def choose_beams(texts: Sequence[BeamDecoding], rows: Sequence[Mapping[Completio
             for group in slices(alike, max(1, logits.slice_rows // num_beams)):
                 own = logits.of([row[beam] for text, row in group for beam in text.beams])
                 _go_on([text for text, _ in group], own)
-        going_on = [
-            (text, row) for text, row in going_on if not text.is_finished and all(beam in row for beam in text.beams)
-        ]
     for text in texts:
         text.look_ahead()
 
@@ -72,12 +71,9 @@ def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
     after = searches.with_candidates(model, candidates, ends_now, config)
     are_finished = after.are_finished(model, ends_now, config).tolist()
     lasts = torch.stack((after.beams_before % after.num_beams, after.last_tokens), dim=-1).tolist()
-    found = zip(
-        *(texts, after.split(), lasts, after.scores.tolist(), after.hypotheses(), map(dict, choices), are_finished),
-        strict=True,
-    )
-    for text, *own in found:
-        text.go_on(*own)
+    found = zip(after.split(), lasts, after.scores.tolist(), after.hypotheses(), choices, are_finished, strict=True)
+    for text, (search, own_lasts, own_scores, hypotheses, own_choices, is_finished) in zip(texts, found, strict=True):
+        text.go_on(search, own_lasts, own_scores, hypotheses, dict(own_choices), is_finished)
 
 
 def _num_kept(config: Any) -> int:
@@ -95,6 +91,8 @@ def _choices(
     constrained: Tensor | None,
 ) -> list[list[tuple[Completion, Choice]]]:
     """Return the candidates of each text, and the last token of each.
+
+    All numbers are read at once, in the dtype of log-probabilities, which can hold all ids of a vocabulary.
 
     Args:
         texts: the texts, before the step.
@@ -223,7 +221,7 @@ class BeamDecoding:
         """Take the next beams.
 
         Args:
-            search: the state of the search.
+            search: the state of this one search.
             lasts: for each beam the beam that it continues, and its last token.
             scores: the score of each beam.
             hypotheses: the finished beams.
@@ -243,6 +241,8 @@ class BeamDecoding:
         self.is_finished = is_finished
         if hypotheses and self._matching is not None:  # of a small language all may be found before `num_beams`
             self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
+        if self.is_finished:
+            self._search = None  # a view of the tensors of all searches of the step
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: live and finished beams, each without its last token."""

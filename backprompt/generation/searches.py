@@ -180,7 +180,10 @@ class Searches(Continuations):
             found: Tensor = model._beam_search_has_unfinished_sequences(*own, config.early_stopping)
             return found
 
-        found: Tensor = torch.vmap(goes_on)(self.can_improve, self.is_ended, ends_now)  # it reduces over all its input
+        states = self.can_improve, self.is_ended, ends_now
+        if len(ends_now) == 1:
+            return ~goes_on(*states)[None]
+        found: Tensor = torch.vmap(goes_on)(*states)  # the function reduces over all of its input
         return ~found
 
     def hypotheses(self) -> list[list[tuple[int, ...]]]:

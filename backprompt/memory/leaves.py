@@ -1,10 +1,10 @@
 """The leaves of a tier: the rows that can be evicted next, in the order of eviction.
 
 Rows can be evicted if no other rows of the tier need them (`IS_FREE`). Such rows lie in queues by rank, and a heap
-orders the ranks: the spans of one evaluation have few ranks, and many leaves share a queue. The queues may lag behind
-the forest: spans that were used or computed are noted, and are examined at the beginning of the next eviction. A leaf
-taken from a queue is first compared with its span. So no eviction walks over the forest: rows are examined only when
-they become leaves, when their span is used, and when they are evicted.
+orders the ranks. The spans that are evaluated together have few ranks, so many leaves share a queue. The queues may lag
+behind the forest: spans that were used or computed are noted, and are examined at the beginning of the next eviction. A
+leaf taken from a queue is first compared with its span. So no eviction walks over the forest: rows are examined only
+when they become leaves, when their span is used, and when they are evicted.
 
 The leaves are unknown before the first eviction, after an error, and when many spans were used since the last eviction.
 Then `begin` must get all spans with rows once.
@@ -19,30 +19,12 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import TypeAlias
 
-from backprompt.forest.span import Kind, Pool, Span
+from backprompt.forest.span import IS_FREE, Kind, Pool, Span
 
 Rank: TypeAlias = "tuple[float, int]"
-"""The credit of a span and its last use. The leaf of lowest rank is evicted first; of equals, the one found first."""
+"""The credit of a span and its last use. The leaf of lowest rank is evicted first; of equals, the first offered one."""
 
 Ranking: TypeAlias = "Callable[[Kind, Span], Rank]"
-
-IS_FREE: Mapping[Pool, Mapping[Kind, Callable[[Span], bool]]] = {
-    "device": {
-        "states": lambda span: span.states is not None and not span.states_below and span.keys_values is None,
-        "keys_values": lambda span: span.keys_values is not None and not span.keys_values_below,
-    },
-    "host": {
-        "states": lambda span: (
-            span.host_states is not None and not span.host_states_below and span.host_keys_values is None
-        ),
-        "keys_values": lambda span: span.host_keys_values is not None and not span.host_keys_values_below,
-    },
-}
-"""For each pool and kind of data: whether a span has such data there that can be evicted, because no other data there
-needs it.
-
-The spans right behind a span need its data, and keys and values need their states.
-"""
 
 _NO_USES: Mapping[Span, int] = MappingProxyType({})
 

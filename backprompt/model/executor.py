@@ -61,14 +61,14 @@ takes longer to make them than a small model takes to fill them.
 """
 
 CACHED_SLICE_BYTES = 4 << 20
-"""A slice of this size stays in the processor's cache until its rows are read."""
+"""A slice of this size stays in the processor's cache until its rows are read, so no slice on the CPU is smaller."""
 
 SLICE_TO_HEAD = 8
-"""The size of a slice on the CPU, as a multiple of the head's: the weights of the head are read for each slice. So only
-a tiny head, of less than a megabyte, takes slices that stay in the cache."""
+"""The size of a slice on the CPU, as a multiple of the head's, between the two limits above. The weights of the head
+are read for each slice, so only a tiny head takes small slices."""
 
 DEVICE_HEAD_SLICE_BYTES = 128 << 20
-"""The same limit on other devices, where each slice costs launches. Scoring takes four times as many bytes besides."""
+"""The size of a slice on other devices, where slices cost launches. Scoring takes four times as many bytes besides."""
 
 _names = itertools.count()
 
