@@ -1,7 +1,7 @@
 """Linear layers on the CPU through oneDNN, where oneDNN is faster: the only file that knows how they are multiplied.
 
-torch multiplies float32 matrices with MKL. In measurements oneDNN, a part of torch, was two to four times faster, with
-unpacked weights or with *packed* weights: copied once into the order in which oneDNN's kernels read them. The
+torch multiplies float32 matrices with MKL. On some processors oneDNN, a part of torch, is two to four times faster,
+with unpacked weights or with *packed* weights: copied once into the order in which oneDNN's kernels read them. The
 operations are those that torch's own compiler calls (`torch/_inductor/fx_passes/mkldnn_fusion.py`). They are private:
 an operation is not used if it is missing, refuses its arguments or gives other numbers. The products differ only by
 rounding.
