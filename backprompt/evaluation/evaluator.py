@@ -133,8 +133,6 @@ class Evaluator:
 
     def hold_pins(self) -> None:
         """Compute pinned texts again where they were forgotten."""
-        if not self.holders.pins:
-            return
         lost = [pin for pin in self.holders.pins if pin.end is None or not pin.end.is_held(with_keys_values=True)]
         if lost:
             with self.computation.held([pin.token_ids for pin in lost], Request(with_keys_values=True)) as ends:

@@ -108,10 +108,12 @@ class Rows(Protocol):
 
 Kind: TypeAlias = Literal["states", "keys_values"]
 """The two kinds of data of a span; `KINDS`: both. A span holds its keys and values only with its states."""
+
 KINDS: tuple[Kind, ...] = ("states", "keys_values")
 
 Pool: TypeAlias = Literal["device", "host"]
 """The two pools of memory for the data of spans; `POOLS`: both."""
+
 POOLS: tuple[Pool, ...] = ("device", "host")
 
 _SLOTS: Mapping[tuple[Kind, Pool], str] = {
@@ -326,9 +328,9 @@ class Span:
 
     def _count_below(self, slot: str, change: int) -> None:
         """Add `change` to the number of spans, counted by each parent, that hold this data and need the parent."""
-        if self.parent is not None:
-            below = _BELOW[slot]
-            setattr(self.parent, below, getattr(self.parent, below) + change)
+        below = _BELOW[slot]
+        for parent in self.parents:
+            setattr(parent, below, getattr(parent, below) + change)
 
     def give(self, upper: Span, num_tokens: int) -> None:
         """Give the rows of the first tokens to a new parent, in either pool, without copying."""
@@ -425,11 +427,6 @@ class Junction(Span):
         """The span before the group, and the ends of its branches."""
         assert self.parent is not None
         return tuple(dict.fromkeys((self.parent, *(end for end, _ in self.branches))))
-
-    def _count_below(self, slot: str, change: int) -> None:
-        below = _BELOW[slot]
-        for parent in self.parents:
-            setattr(parent, below, getattr(parent, below) + change)
 
 
 def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:

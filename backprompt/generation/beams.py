@@ -158,9 +158,8 @@ class BeamDecoding:
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of finished beams
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # `_choices` one step before
         self._hypotheses: list[Completion] = []
-        self._watched: dict[Completion, Watched] = {
-            (): decoding.stops.begin(prompt_ids)
-        }  # the latest candidates, the beams among them
+        # Of the latest candidates, the beams among them.
+        self._watched: dict[Completion, Watched] = {(): decoding.stops.begin(prompt_ids)}
         self.beams: list[Completion] = [()] * self.num_beams
         """The completion of each beam; at first all are empty."""
         self._possible: list[Completion] = [()]  # the beams, without the fillers of score -inf
