@@ -63,6 +63,7 @@ def test_all_steps_run_and_are_said_at_once():
         assert (line.passes, line.gap < 1e-4, line.held > 0) == (-(-line.computed // 1024), True, True)
         assert line.phases.keys() == {"forward", "head", "rest"}
     assert [line.seconds.keys() for line in by_work.values()] == [{BACKPROMPT, GENERATE}] * 2
+    assert all(line.first > 0 for line in by_work.values())
     assert said[-1] == table_of(measured.rows)
     assert said[-1].count("\n") == 1 + len(measured.rows)
 
@@ -90,6 +91,19 @@ def test_shares_are_of_the_limit_and_of_the_best_rival():
     line = Line("m", "w", seconds={BACKPROMPT: 0.5, PADDED: 1.0, RECIPE: 0.4}, limit=0.1)
     assert (line.of_limit, line.of_rival) == (0.2, 0.8)
     assert (Line("m", "w").of_limit, Line("m", "w", seconds={BACKPROMPT: 1.0}).of_rival) == (None, None)
+    assert Line("m", "w", held=200, pass_bytes=300, peak=550).of_needed == 1.1
+    assert Line("m", "w", held=200, peak=550).of_needed is None
+
+
+@pytest.mark.parametrize("num_tokens", [40, 1300])
+def test_a_plain_pass_has_the_number_of_tokens(rig, num_tokens):
+    shapes = []
+    hook = rig.model.base_model.h[0].register_forward_pre_hook(lambda module, given: shapes.append(given[0].shape[:2]))
+    try:
+        contenders.plain_pass(rig, num_tokens)
+    finally:
+        hook.remove()
+    assert [tuple(shape) for shape in shapes] == [{40: (1, 40), 1300: (3, 512)}[num_tokens]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")

@@ -21,6 +21,8 @@ RECIPE_ROWS = 128
 """Rows of a batch behind a cache that was made once."""
 LIMIT_ROWS = 8192
 """Rows at which the linear layers alone are measured."""
+PASS_TOKENS = 512
+"""Tokens of a row of the plain pass whose memory is measured."""
 
 
 def backprompt_scores(rig: Rig, work: Sequence[Asked]) -> list[Tensor]:
@@ -147,6 +149,14 @@ def linear_seconds(rig: Rig, num_rows: int) -> float:
 
     run()
     return min(rig.seconds_of(run) for _ in range(3)) * num_rows / (rounds * rows)
+
+
+@torch.no_grad()
+def plain_pass(rig: Rig, num_tokens: int) -> None:
+    """A forward pass of the plain model's body on about so many tokens, without a cache."""
+    row = min(PASS_TOKENS, num_tokens)
+    ids = torch.zeros((-(-num_tokens // row), row), dtype=torch.int64, device=rig.device)
+    rig.model.base_model(input_ids=ids, use_cache=False)
 
 
 def _num_inputs(layer: nn.Module) -> int:

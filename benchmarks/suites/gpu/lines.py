@@ -29,6 +29,8 @@ class Line:
         waits: where the host waited for the device, and how often; the ten places with the most.
         held: bytes of keys, values and states held after a call.
         peak: the most bytes that a call took beside the model.
+        pass_bytes: the most bytes that a plain forward pass takes on as many tokens as a pass of the call has.
+        first: seconds of the first call of a generation, in which its steps are captured.
         gap: the largest difference from the padded batches in the log-probability of a completion, nats.
 
     """
@@ -48,6 +50,8 @@ class Line:
     waits: dict[str, int] = field(default_factory=dict)
     held: int | None = None
     peak: int | None = None
+    pass_bytes: int | None = None
+    first: float | None = None
     gap: float | None = None
 
     @property
@@ -61,6 +65,12 @@ class Line:
         """The seconds of the fastest rival over backprompt's."""
         own, rivals = self.seconds.get(BACKPROMPT), [s for name, s in self.seconds.items() if name != BACKPROMPT]
         return None if own is None or not rivals else min(rivals) / own
+
+    @property
+    def of_needed(self) -> float | None:
+        """The peak over the bytes that are held and those of a plain pass."""
+        known = (self.peak, self.held, self.pass_bytes)
+        return None if None in known else self.peak / (self.held + self.pass_bytes)
 
 
 CONTENDERS = (BACKPROMPT, PADDED, RECIPE, GENERATE, GENERATE_BATCH)
@@ -81,6 +91,7 @@ def table_of(lines: list[Line]) -> str:
             "synchronisations a pass",
             "held MB",
             "peak MB",
+            "of held and a plain pass",
         ],
         [
             [
@@ -96,6 +107,7 @@ def table_of(lines: list[Line]) -> str:
                 _number(line.synchronisations, 1),
                 megabytes(line.held),
                 megabytes(line.peak),
+                _number(line.of_needed, 2),
             ]
             for line in lines
         ],

@@ -156,6 +156,9 @@ class Measuring:
         before = rig.lm.stats
         peak = self._measured(rig, work, "peak", counting.peak_bytes_of)
         spent, held = rig.lm.stats - before, rig.lm.stats.bytes_held
+        num_in_a_pass = -(-spent.tokens_computed // spent.forward_passes)
+        rig.lm.clear()
+        plain = counting.peak_bytes_of(rig, lambda: contenders.plain_pass(rig, num_in_a_pass))
         phases = self._measured(rig, work, "phases", counting.phases_of)
         return {
             SECONDS: {BACKPROMPT: seconds},
@@ -168,6 +171,7 @@ class Measuring:
             "phases": phases,
             "held": held,
             "peak": peak,
+            "pass_bytes": plain,
         }
 
     def _rivals(self, shape: Shape, work: Work) -> dict[str, Any]:
@@ -201,19 +205,21 @@ class Measuring:
         num_new = self._sizes.num_new
 
         def run(mark: object) -> float:
-            rig.lm.clear()
+            """The seconds of one call for new prompts; the graphs of earlier calls are there."""
             prompts = self._prompts(rig, num_texts, num_shared, mark)
             return rig.seconds_of(lambda: contenders.backprompt_continues(rig, prompts, num_shared, num_new))
 
+        rig.lm.clear()
         before = rig.lm.stats
-        run("warm")
-        spent = rig.lm.stats - before
+        first = run("warm")
+        spent, held = rig.lm.stats - before, rig.lm.stats.bytes_held
         return {
             SECONDS: {BACKPROMPT: best_of(run)},
+            "first": first,
             "computed": spent.tokens_computed,
             "passes": spent.forward_passes,
             "kernel": rig.lm.stats.kernel,
-            "held": rig.lm.stats.bytes_held,
+            "held": held,
         }
 
     def _generated_by_rivals(self, shape: Shape, num_texts: int, num_shared: int) -> dict[str, Any]:
