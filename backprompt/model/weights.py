@@ -83,7 +83,7 @@ class PartsMonitor:
             or (self._rewritten and any(len(table) != num_before for table, num_before in self._rewritten))
             or self._spreading.has_changed()
             or (self._offloaded and not all(map(_is_same, self._current_sources(), self._sources)))
-            or (self._special and not _are_same(self._special_numbers(), self._numbers))
+            or (bool(self._special) and not _are_same(self._special_numbers(), self._numbers))
             or _pointers(self.tensors) != self._pointers
             or self._behaviour.has_changed()
         )
@@ -134,7 +134,7 @@ class WeightsMonitor:
         return (
             self.parts.have_changed()
             or _versions(self._versioned) != self._versions
-            or tuple(map(_adapter_state, self._adapted)) != self.adapters
+            or (bool(self._adapted) and tuple(map(_adapter_state, self._adapted)) != self.adapters)
         )
 
 
@@ -199,7 +199,9 @@ class _Sample:
 
     def has_changed(self) -> bool:
         """Return whether an element is another one now."""
-        return self._take_bytes() != self._bytes or not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
+        return self._take_bytes() != self._bytes or (
+            bool(self._views) and not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
+        )
 
     def _take_bytes(self) -> bytes:
         return b"".join([scattered.read() for scattered in self._scattered])
