@@ -116,7 +116,7 @@ def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> A
 
 @cache
 def _hidden_bar() -> Bar:
-    """Return the one bar that never shows: it keeps no counts, and a new one each time costs as much as a short call."""
+    """Return the one bar that never shows, for all work: it keeps no counts."""
     return Bar(disable=True)
 
 
