@@ -51,8 +51,8 @@ def _are_argmax(values: Tensor, largest: Tensor, row_idx: Tensor, token_ids: Ten
     maximum, which are few.
     """
     is_largest = values[row_idx, token_ids] == largest[row_idx]
-    (found,) = is_largest.nonzero(as_tuple=True)
-    is_largest[found] = values[row_idx[found]].argmax(dim=-1) == token_ids[found]
+    rows, idx = torch.unique_consecutive(row_idx[is_largest], return_inverse=True)
+    is_largest[is_largest.clone()] = values[rows].argmax(dim=-1)[idx] == token_ids[is_largest]
     return is_largest
 
 
