@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 from tqdm import tqdm
@@ -108,9 +109,15 @@ def progress_bar(total: int, desc: str, unit: str, *, is_long: bool = True) -> A
     """
     show = _SHOW.get()
     if not is_wanted(show, is_long=is_long):
-        return Bar(disable=True)
+        return _hidden_bar()
     delay = 0.0 if show else DELAY_SECONDS
     return Bar(total=total, desc=desc, unit=f" {unit}", unit_scale=total >= 10_000, delay=delay)
+
+
+@cache
+def _hidden_bar() -> Bar:
+    """Return the one bar that never shows, for all work: it keeps no counts."""
+    return Bar(disable=True)
 
 
 class GrowingBar:

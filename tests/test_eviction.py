@@ -16,7 +16,7 @@ from backprompt.memory.eviction import GreedyDual, Memory
 from backprompt.memory.host import HostMemory
 from backprompt.memory.leaves import Spared
 from backprompt.memory.location import Location
-from backprompt.model.executor import plain_surroundings
+from backprompt.model.surroundings import plain_surroundings
 from backprompt.tokens.graph import TokenBranch, TokenGraph, TokenGroup
 from ranking import compare_with_plain, plain_leaves
 from tiny_blocks import STATES_BYTES, TOKEN_BYTES, compute

@@ -33,7 +33,7 @@ TAKES_ALL = bool(os.environ.get("BACKPROMPT_EVERY_LINE"))
 NUM_SAMPLED = 4  # lines of each operation
 
 # The lock and torch's settings are let go of by Python itself, at whose own lines no signal arrives.
-EXEMPT = {"exclusive", "plain_surroundings"}
+EXEMPT = {"exclusive", "plain_surroundings", "_without_modes"}
 
 # Their methods return the result of another method in Python: CPython handles no signal between the two returns.
 FACADES = {"node.py", "lm.py"}

@@ -206,3 +206,33 @@ def test_a_property_of_a_computed_text_takes_one_hold_one_look_and_hardly_a_laun
         assert (found == before) if name == "tokens" else torch.equal(found.nan_to_num(), before.nan_to_num())
         assert looks == Counter({WeightsMonitor: num_looks, PrivateTokenizer: 1, Line: 1})
         assert operations.num <= max_operations, name
+
+
+def test_log_probabilities_that_are_read_again_are_one_copy():
+    """However many spans the text has."""
+    lm = LM(MODEL, TOKENIZER)
+    texts = [Text("The cat" + " sat" * num, lm) for num in range(12)]
+    lm.evaluate(texts)
+    expected = lm.token_logprobs(texts)
+    for text, logprobs in zip(texts, expected, strict=True):
+        text.token_logprobs.zero_()
+        with Operations(lm.session.evaluator.executor) as operations:
+            found = text.token_logprobs
+        assert torch.equal(found.nan_to_num(), logprobs.nan_to_num())
+        assert operations.num <= 2
+        found.zero_()
+    assert all(t.token_logprobs[1:].equal(logprobs[1:]) for t, logprobs in zip(texts, expected, strict=True))
+    lm.clear()
+    assert lm.stats.result_bytes_held == 0
+
+
+def test_groups_with_the_same_branches_keep_their_order():
+    """They end in the same place."""
+    lm = LM(MODEL, TOKENIZER)
+    cat, dog = Text(" the cat", lm), Text(" a small dog", lm)
+    texts = [Text("Here is", lm) + (cat | dog) + " again", Text("Here is", lm) + (dog | cat) + " again"]
+    expected = lm.token_logprobs(texts)
+    assert not expected[0][1:-1].equal(expected[1][1:-1])
+    for _ in range(3):
+        for text, logprobs in zip(texts, expected, strict=True):
+            torch.testing.assert_close(text.token_logprobs, logprobs, rtol=0, atol=0, equal_nan=True)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -567,6 +568,34 @@ def test_a_part_where_there_was_none_is_noticed(add):
     assert not monitor.has_changed()
     add(model.model.norm)
     assert monitor.has_changed()
+
+
+def unaligned() -> torch.Tensor:
+    return torch.frombuffer(bytearray(4 * 40 + 1), dtype=torch.float32, offset=1)
+
+
+SAMPLED = {
+    **{str(dtype): partial(torch.zeros, 40, dtype=dtype) for dtype in (torch.float64, torch.bfloat16, torch.int8)},
+    "complex": lambda: torch.zeros(40, dtype=torch.complex128),
+    "unaligned": unaligned,
+    "strided": lambda: torch.zeros(40, 3)[:, 1],
+    "one element": lambda: torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_a_sample_shows_numbers_of_any_size_wherever_they_lie(kind):
+    """A write through `.data` keeps the version. The last element is sampled; a sign is one byte of a number."""
+    model = FAMILIES["llama"]()
+    for name, make in SAMPLED.items():
+        model.model.norm.register_buffer(name.replace(".", " "), make())
+    monitor = WeightsMonitor(model)
+    assert not monitor.has_changed()
+    written = model.model.norm.get_buffer(kind.replace(".", " ")).data.view(-1)[-1]
+    written.fill_(-0.0 if written.is_floating_point() else 1)
+    assert monitor.has_changed()
+    written.fill_(0)
+    assert not monitor.has_changed()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,6 +36,12 @@ MAX_LEAF_BYTES = 64 << 20
 MAX_ATTENTION_BYTES = 64 << 20
 """Bound of the pool of attention maps, token ids of their texts included."""
 
+MAX_LOGPROB_BYTES = 4 << 20
+"""Bound of the pool of texts' log-probabilities, which their spans hold as well."""
+
+TENSOR_BYTES = 700
+"""Bytes of a small tensor besides its numbers, and of its place in a pool."""
+
 ID_BYTES = 40
 """Bytes of a token id in a tuple."""
 
@@ -52,14 +58,16 @@ class Pools:
 
     def __init__(self, max_logit_bytes: int) -> None:
         self.logits: TensorPool[Span] = TensorPool(max_logit_bytes)
+        self.logprobs: TensorPool[Span] = TensorPool(MAX_LOGPROB_BYTES, lambda end: TENSOR_BYTES)
         self.attention: TensorPool[tuple[TokenIds, Chosen]] = TensorPool(MAX_ATTENTION_BYTES, _num_map_key_bytes)
         self.candidates = CandidatePool(MAX_CANDIDATE_BYTES)
         self.leaves = LeafPool(MAX_LEAF_BYTES)
+        self._by_span = (self.logits, self.logprobs, self.candidates, self.leaves)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that all pools hold."""
-        return self.logits.num_bytes + self.attention.num_bytes + self.candidates.num_bytes + self.leaves.num_bytes
+        return sum(pool.num_bytes for pool in self._by_span) + self.attention.num_bytes
 
     def unfold(self, fan: Fan, spans: Sequence[Span]) -> None:
         """Turn the scores of a fan's leaves into scores of candidates behind the spans that take the fan's place."""
@@ -80,17 +88,14 @@ class Pools:
 
     def retain(self, spans: Container[Span]) -> None:
         """Drop the results behind all spans but these; the results would keep the other spans alive."""
-        self.logits.retain(spans)
+        for pool in self._by_span:
+            pool.retain(spans)
         self.attention.recount()
-        self.candidates.retain(spans)
-        self.leaves.retain(spans)
 
     def clear(self) -> None:
         """Drop all results."""
-        self.logits.clear()
-        self.attention.clear()
-        self.candidates.clear()
-        self.leaves.clear()
+        for pool in (*self._by_span, self.attention):
+            pool.clear()
 
 
 class TensorPool(Generic[Key]):

@@ -37,6 +37,7 @@ class Readout:
         self._computation = computation
         self._scoring = scoring
         self._pool = computation.pools.logits
+        self._logprobs = computation.pools.logprobs
 
     def next_logits(self, ends: Sequence[Span]) -> list[Tensor]:
         """Return the logits after held texts, in slices `(rows, vocab)`; no row goes into the pool.
@@ -122,8 +123,17 @@ class Readout:
 
     def scored_logprobs(self, text: Inserted) -> Tensor | None:
         """Return a copy of the text's log-probabilities, `(tokens,)`, if all of them were computed and are held."""
+        # Texts with the same branches in another order have the same end.
+        is_path = isinstance(text.token_ids, tuple)
+        if is_path and (pooled := self._logprobs.get(text.end)) is not None:
+            return pooled.clone()
         spans = self._computation.forest.in_order(text)
-        return gather(map(states_of, spans), "logprobs") if all(map(is_scored, spans)) else None
+        if not all(map(is_scored, spans)):
+            return None
+        found = gather(map(states_of, spans), "logprobs")
+        if is_path:
+            self._logprobs.put(text.end, found)
+        return found
 
     def hidden_states(self, text: Inserted) -> Tensor:
         """Return a copy of the text's final hidden states, `(tokens, hidden)`, in written order."""

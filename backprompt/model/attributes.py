@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +29,8 @@ class AttributeMonitor:
         return not all(map(operator.is_, self._read(), self._values))
 
     def _is_somewhere(self) -> bool:
-        return any(map(operator.contains, self._tables, itertools.repeat(self._name)))
+        name = self._name
+        return bool([table for table in self._tables if name in table])  # quicker than a generator
 
     def _read(self) -> list[object]:
         return list(map(self._get, self._tables))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,7 @@ from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
+from backprompt.model.surroundings import plain_surroundings
 from backprompt.tokens.adapted import Ints, are_plain, number_of, numbers_in, plain_array
 from backprompt.transfers import on_device
 
@@ -71,43 +72,6 @@ DEVICE_HEAD_SLICE_BYTES = 128 << 20
 """The size of a slice on other devices, where slices cost launches. Scoring takes four times as many bytes besides."""
 
 _names = itertools.count()
-
-
-@contextmanager
-def plain_surroundings(device: torch.device) -> Iterator[None]:
-    """Shut out the caller's gradients, autocast, inference mode and default device; tensors made inside are plain.
-
-    All code that makes or changes tensors runs in this context.
-    """
-    has_gradients = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)  # `torch.no_grad` takes longer than everything else here
-    try:
-        if not _is_special():  # as for most callers
-            yield
-            return
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            if torch.is_autocast_enabled(device.type):
-                stack.enter_context(torch.autocast(device.type, enabled=False))
-            if torch.get_default_device().type != "cpu":
-                stack.enter_context(torch.device("cpu"))
-            yield
-    finally:
-        torch._C._set_grad_enabled(has_gradients)
-
-
-_num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
-"""The number of modes of torch functions that the caller is in. A default device is one; a query of it is slow."""
-
-
-def _is_special() -> bool:
-    """Whether the caller is in inference mode or autocast, or has another default device."""
-    return (
-        torch.is_inference_mode_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or (_num_modes() > 0 and torch.get_default_device().type != "cpu")
-    )
 
 
 class Executor:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,7 +83,7 @@ class PartsMonitor:
             or (self._rewritten and any(len(table) != num_before for table, num_before in self._rewritten))
             or self._spreading.has_changed()
             or (self._offloaded and not all(map(_is_same, self._current_sources(), self._sources)))
-            or not _are_same(self._special_numbers(), self._numbers)
+            or (bool(self._special) and not _are_same(self._special_numbers(), self._numbers))
             or _pointers(self.tensors) != self._pointers
             or self._behaviour.has_changed()
         )
@@ -133,7 +134,7 @@ class WeightsMonitor:
         return (
             self.parts.have_changed()
             or _versions(self._versioned) != self._versions
-            or tuple(map(_adapter_state, self._adapted)) != self.adapters
+            or (bool(self._adapted) and tuple(map(_adapter_state, self._adapted)) != self.adapters)
         )
 
 
@@ -183,24 +184,27 @@ class _Tables:
 class _Sample:
     """Some elements of each tensor, as bytes.
 
-    Tensors on the CPU are read by numpy: torch takes eight times as long for so many small tensors. The arrays keep the
-    tensors' memory alive. So callers must first check that no tensor has got other or resized memory.
+    Elements on the CPU are read by numpy, all of a size at once: torch takes longer for each tensor than numpy for all.
+    The arrays keep the tensors' memory alive. So callers must first check that no tensor has got other or resized
+    memory.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         groups = _sample_views(tensors)
-        arrays = ([_as_array(view) for view in views if _is_plain(view)] for views in groups)
-        self._arrays = [of_one_type for of_one_type in arrays if of_one_type]
+        plain = [_as_array(view) for views in groups for view in views if _is_plain(view)]
+        self._scattered = [_Scattered([a for a in plain if a.itemsize == size]) for size in {a.itemsize for a in plain}]
         rest = ([view for view in views if not _is_plain(view)] for views in groups)
         self._views = [views for views in rest if views]
         self._bytes, self._elsewhere = self._take_bytes(), self._take_elsewhere()
 
     def has_changed(self) -> bool:
         """Return whether an element is another one now."""
-        return self._take_bytes() != self._bytes or not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
+        return self._take_bytes() != self._bytes or (
+            bool(self._views) and not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
+        )
 
     def _take_bytes(self) -> bytes:
-        return b"".join([np.concatenate(arrays).tobytes() for arrays in self._arrays])
+        return b"".join([scattered.read() for scattered in self._scattered])
 
     def _take_elsewhere(self) -> list[Tensor]:
         """Return the bytes that numpy cannot read, one tensor for each device: each comparison waits for its device."""
@@ -210,13 +214,29 @@ class _Sample:
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in by_device.values()]
 
 
+class _Scattered:
+    """The elements of several aligned arrays of one type, read as elements of one array from the lowest address on."""
+
+    def __init__(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        self._arrays = arrays  # their memory is read
+        addresses = np.concatenate([a.ctypes.data + a.strides[0] * np.arange(len(a)) for a in arrays])
+        first = min(arrays, key=lambda array: array.ctypes.data)
+        self._index = (addresses - first.ctypes.data) // first.itemsize
+        self._from_first = as_strided(first, (self._index.max() + 1,), (first.itemsize,), writeable=False)
+
+    def read(self) -> bytes:
+        """Return the elements as they are now."""
+        return self._from_first.take(self._index).tobytes()
+
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer types, by their bytes."""
 
 
 def _is_plain(view: Tensor) -> bool:
     """Return whether numpy can read a view."""
-    return type(view) is Tensor and view.device.type == "cpu" and view.itemsize in _INTEGERS and not view.is_quantized
+    has_numbers = type(view) is Tensor and view.device.type == "cpu" and not view.is_quantized
+    return has_numbers and view.itemsize in _INTEGERS and view.data_ptr() % view.itemsize == 0
 
 
 def _as_array(view: Tensor) -> npt.NDArray[Any]:

@@ -31,8 +31,8 @@ class Stats:
         seconds: time in forward passes and in the output head.
         bytes_held: bytes of keys, values, hidden states and log-probabilities that are on the device now.
         host_bytes_held: bytes of such results that are in the second pool, in host memory, now.
-        result_bytes_held: bytes of rows of logits, of attention maps, and of log-probabilities of tokens that were
-            scored and not forwarded, in bounded pools of their own now.
+        result_bytes_held: bytes of rows of logits, of attention maps, of log-probabilities of texts that were read one
+            by one, and of tokens that were scored and not forwarded, in bounded pools of their own now.
         graph_bytes: the memory of CUDA graphs, in addition to `memory_bytes`: at most a 16th of the memory that was
             free when the `LM` was made. `lm.clear()` frees it, and so does a pass that is short of memory.
         weight_bytes: bytes of the model's weights; for quantized weights, of their integers and scales.
