@@ -262,17 +262,17 @@ def _divide(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
 
 
 def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
-    """Divide rows as `_divide` does on the CPU: the same uniform numbers, and logarithms of many numbers at a time.
+    """Divide rows as `_divide` does on the CPU: the same random bits, and logarithms of many numbers at a time.
 
-    If few numbers of the rows are above 0, only those are divided.
+    If few numbers of the rows are above 0, only those are divided, and the other bits never become numbers.
     """
     rows_at_a_time = max(1, NOISE_BYTES // (8 * rows.shape[1]))
-    uniform = torch.empty((min(len(rows), rows_at_a_time), rows.shape[1]), dtype=torch.float64)
+    bits = torch.empty((min(len(rows), rows_at_a_time), rows.shape[1]), dtype=torch.int64)
     for start in range(0, len(rows), rows_at_a_time):
         part = rows[start : start + rows_at_a_time]
-        drawn = uniform[: len(part)]
+        drawn = bits[: len(part)]
         for row, own in zip(drawn, generators[start:], strict=False):
-            row.uniform_(generator=own)
+            row.random_(generator=own)
         positive = np.flatnonzero(part.numpy() > 0)
         if len(positive) > MAX_SHARE_PICKED * part.numel():
             part.div_(_exponential(drawn).to(part.dtype))
@@ -282,8 +282,9 @@ def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None
             part.put_(places, part.take(places).div_(noise))
 
 
-def _exponential(uniform: Tensor) -> Tensor:
-    """Turn uniform numbers into exponentially distributed ones, in float64."""
+def _exponential(bits: Tensor) -> Tensor:
+    """Turn random bits into exponentially distributed numbers, in float64: 53 bits are a uniform number in torch."""
+    uniform = bits.bitwise_and_((1 << 53) - 1).to(torch.float64).mul_(2.0**-53)
     return uniform.neg_().log1p_().neg_()
 
 
