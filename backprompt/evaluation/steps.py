@@ -196,7 +196,5 @@ class Steps:
         if new:
             memory.add([keys_values, states])
             growth.note_pass(new)
-            for before in dict.fromkeys(new.values()):
-                if not before.is_end:
-                    memory.add(growth.release(before))
+            memory.add(growth.release(new))
         return ends

@@ -13,7 +13,7 @@ rows of all of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -137,10 +137,7 @@ class Growth:
                 assert both is not None
                 self._forest.absorb(span, both.keys_values, both.states)
             absorbing = [span for _, span in pairs]
-        for span in spans:
-            if span.parent is not None and not span.parent.is_end:
-                made += self.release(span.parent)  # it has several children
-        return made
+        return made + self.release(spans)
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
         """Make room for one more token behind the spans that have none, in one new buffer; return the new blocks."""
@@ -189,9 +186,12 @@ class Growth:
                 for idx in indices:
                     _take_in(ends[idx], token_ids[idx], held[idx], room)
 
-    def release(self, span: Span) -> list[Block]:
-        """Free the room behind a span that several texts continue from now on; return the new blocks."""
-        return self._move_out(span)
+    def release(self, spans: Iterable[Span]) -> list[Block]:
+        """Move the parents of spans, which others continue as well, out of blocks that are mostly unused; return the
+        new blocks, one of each kind.
+        """
+        parents = dict.fromkeys(span.parent for span in spans)
+        return self._move_together({parent: 0 for parent in parents if parent is not None and self._is_wasteful(parent)})
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a text that will not grow any more; return the new blocks.
@@ -219,29 +219,35 @@ class Growth:
 
     def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
         """Copy the rows of spans into one new buffer, with room behind each for the given number of tokens and more."""
-        if not spans:
+        free = {}
+        for upper, num_tokens in spans:
+            free[upper] = num_tokens + max(ROWS_AT_A_TIME, (len(upper.token_ids) + num_tokens) // 8)
+        return self._move_together(free)
+
+    def _move_together(self, free: Mapping[Span, int]) -> list[Block]:
+        """Copy the rows of spans into one new block of each kind, with free room behind each; return the blocks."""
+        if not free:
             return []
         num_rows = 0
         room: dict[int, int] = {}
         ranges: list[tuple[int, int]] = []
-        for upper, num_tokens in spans:
-            num_needed = len(upper.token_ids) + num_tokens
-            start, stop = num_rows, num_rows + len(upper.token_ids)
-            num_rows += num_needed + max(ROWS_AT_A_TIME, num_needed // 8)
+        for span, num_free in free.items():
+            start, stop = num_rows, num_rows + len(span.token_ids)
+            num_rows = stop + num_free
             ranges.append((start, stop))
             room[stop] = num_rows
-        first = _Held.of(spans[0][0])
+        first = _Held.of(next(iter(free)))
         # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
         keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
         copies: list[_Copy] = []
-        for (upper, _), (start, _) in zip(spans, ranges, strict=True):
-            copies += [(keys_values_of(upper), keys_values, start), (states_of(upper), states, start)]
+        for span, (start, _) in zip(free, ranges, strict=True):
+            copies += [(keys_values_of(span), keys_values, start), (states_of(span), states, start)]
         copy_rows(copies)
         self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
         self._mixed.update((keys_values, states))
         with self._forest.changing():
-            for (upper, _), rows in zip(spans, ranges, strict=True):
-                upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
+            for span, rows in zip(free, ranges, strict=True):
+                span.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
     def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
@@ -274,6 +280,13 @@ class Growth:
             with self._forest.changing():
                 span.place(keys_values=own_keys_values, states=own_states)
         return [rows.block for rows in (own_keys_values, own_states) if rows is not None]
+
+    def _is_wasteful(self, span: Span) -> bool:
+        """Whether a generated span at which no text ends lies in blocks that are mostly unused."""
+        if span.is_end or not (span.token_ids and span.is_held(with_keys_values=True)):
+            return False
+        block = states_of(span).block
+        return block in self._mixed and 2 * block.num_held < block.num_rows
 
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
