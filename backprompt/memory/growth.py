@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprompt.forest.forest import Forest
+from backprompt.forest.passes import num_tokens_of
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
 from backprompt.memory.places import Places
@@ -116,27 +117,21 @@ class Growth:
         self._mixed.update({rows.block for span in spans for rows in _Held.of(span)})
 
     def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
-        """Let spans absorb their parents where no other text uses the parents; return the new blocks.
+        """Let spans absorb the spans above them, up to the first that another text uses; return the new blocks.
 
         Args:
             spans: the spans that absorb.
             held: the ends of texts in use.
 
         """
-        made: list[Block] = []
-        absorbing = list(spans)
-        while absorbing:
-            pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
-            together = {span: _Held.of(upper).with_next(_Held.of(span)) for upper, span in pairs}
-            apart = [(upper, span) for upper, span in pairs if together[span] is None]
-            needed = [(upper, len(span.token_ids)) for upper, span in apart]
-            made += self._make_room([pair for pair in needed if not self._has_room(*pair)])
-            together |= self._append(apart)
-            for _, span in pairs:
-                both = together[span]
-                assert both is not None
-                self._forest.absorb(span, both.keys_values, both.states)
-            absorbing = [span for _, span in pairs]
+        chains = [chain for span in spans if len(chain := _absorbable(span, held)) > 1]
+        adjacent = list(map(_adjacent, chains))
+        apart = [chain for chain, rows in zip(chains, adjacent, strict=True) if rows is None]
+        needed = [(upper, num_tokens_of(following)) for upper, *following in apart]
+        made = self._make_room([pair for pair in needed if not self._has_room(*pair)])
+        appended = iter(self._append(apart))
+        for chain, rows in zip(chains, adjacent, strict=True):
+            self._forest.absorb(chain, *(next(appended) if rows is None else rows))
         return made + self.release(spans)
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
@@ -250,21 +245,20 @@ class Growth:
                 span.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
-    def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
-        """Copy spans' rows behind those of their parents; return the combined rows."""
+    def _append(self, chains: Iterable[Sequence[Span]]) -> list[_Held]:
+        """Copy the rows of each chain of spans behind those of its first span; return the combined rows."""
         copies: list[_Copy] = []
-        together: dict[Span, _Held] = {}
-        for upper, span in pairs:
-            keys_values, states = keys_values_of(upper), states_of(upper)
-            start, stop = keys_values.stop, keys_values.stop + len(span.token_ids)
+        together: list[_Held] = []
+        for upper, *following in chains:
+            keys_values, states = _Held.of(upper)
+            start = stop = keys_values.stop
+            for span in following:
+                copies += [(keys_values_of(span), keys_values.block, stop), (states_of(span), states.block, stop)]
+                stop += len(span.token_ids)
             room = self._buffers[keys_values.block].room
             room[stop] = room.pop(start)
-            copies += [
-                (keys_values_of(span), keys_values.block, start),
-                (states_of(span), states.block, start),
-            ]
-            together[span] = _Held(
-                BlockRows(keys_values.block, keys_values.start, stop), BlockRows(states.block, states.start, stop)
+            together.append(
+                _Held(BlockRows(keys_values.block, keys_values.start, stop), BlockRows(states.block, states.start, stop))
             )
         copy_rows(copies)
         return together
@@ -309,7 +303,24 @@ def takes_tokens_in(span: Span) -> bool:
     return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 
-def _absorbable(span: Span, held: Container[Span]) -> Span | None:
+def _absorbable(span: Span, held: Container[Span]) -> list[Span]:
+    """Return a span with the spans right above it that it may absorb, from the first on."""
+    chain = [span]
+    while (upper := _absorbable_parent(chain[-1], held)) is not None:
+        chain.append(upper)
+    return chain[::-1]
+
+
+def _adjacent(chain: Sequence[Span]) -> _Held | None:
+    """Return the rows of a chain of spans as one range if they directly follow each other."""
+    first, *following = map(_Held.of, chain)
+    together: _Held | None = first
+    for rows in following:
+        together = None if together is None else together.with_next(rows)
+    return together
+
+
+def _absorbable_parent(span: Span, held: Container[Span]) -> Span | None:
     """Return a span's parent if the span may absorb it: no text ends there, and it has no other child; else None."""
     upper = span.parent
     if (
