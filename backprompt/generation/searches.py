@@ -97,7 +97,7 @@ class Searches(Continuations):
 
     @classmethod
     def together(cls, searches: Sequence[Search]) -> Searches:
-        """Return searches with the same number of new tokens side by side; if they are so already, nothing is copied."""
+        """Return searches with the same number of new tokens side by side, without a copy if they are so already."""
         parts = [of._at([row for _, row in own]) for of, own in groupby(searches, key=itemgetter(0))]
         tensors = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         return cls(searches[0].of.num_new, *tensors)
