@@ -54,8 +54,8 @@ class _Place(NamedTuple):
     stop: int
 
     def split(self, num_rows: int) -> tuple[_Place, _Place]:
-        """Return the first `num_rows` rows and the others."""
-        middle = self.start + num_rows
+        """Return the first `num_rows` rows, or all, and the others."""
+        middle = min(self.start + num_rows, self.stop)
         return self._replace(stop=middle), self._replace(start=middle)
 
 
@@ -202,8 +202,14 @@ class Growth:
 
         Returns the new blocks.
         """
-        parents = dict.fromkeys(span.parent for span in spans)
-        return self._make_room({parent: 0 for parent in parents if parent is not None and self._is_wasteful(parent)})
+        parents = dict.fromkeys(parent for span in spans if (parent := span.parent) is not None)
+        block_of = {
+            parent: keys_values_of(parent).block
+            for parent in parents
+            if parent.token_ids and not parent.is_end and parent.is_held(with_keys_values=True)
+        }
+        unused = {block for block in dict.fromkeys(block_of.values()) if self._is_mostly_unused(block)}
+        return self._make_room({parent: 0 for parent, block in block_of.items() if block in unused})
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a text that will not grow any more; return the new blocks.
@@ -232,14 +238,16 @@ class Growth:
     def _make_room(self, free: Mapping[Span, int]) -> list[Block]:
         """Move spans to where the given number of free rows is behind each; return the new blocks.
 
-        Rows that other texts have left are taken first. The other spans move to one new buffer.
+        Rows that other texts have left are taken first, also with a little less room. The other spans move to one new
+        buffer.
         """
         left = self._left() if free else []
         places: dict[Span, _Place] = {}
         homeless: list[Span] = []
         for span, num_free in free.items():
             num_rows = len(span.token_ids) + num_free
-            idx = next((idx for idx, place in enumerate(left) if place.stop - place.start >= num_rows), None)
+            least = num_rows - min(num_free, ROWS_AT_A_TIME) // 2
+            idx = next((idx for idx, place in enumerate(left) if place.stop - place.start >= least), None)
             if idx is None:
                 homeless.append(span)
             else:
@@ -260,9 +268,7 @@ class Growth:
             states = buffer.states()
             if states is None or self._buffer_of(keys_values, states) is None:
                 continue
-            growing = [keys_values_of(span).stop for span in keys_values.spans if len(span.children) < 2]
-            room = buffer.room = {stop: buffer.room[stop] for stop in growing if stop in buffer.room}
-            if 2 * self._num_used(keys_values) < buffer.num_rows:
+            if self._is_mostly_unused(keys_values):
                 continue
             held = [(rows.start, rows.stop) for rows in map(keys_values_of, keys_values.spans)]
             held += [(rows.start, rows.stop) for rows in map(states_of, states.spans)]
@@ -270,7 +276,7 @@ class Growth:
             for start, stop in sorted(held):
                 if start > last:
                     left.append(_Place(keys_values, states, last, start))
-                last = max(last, room.get(stop, stop))
+                last = max(last, buffer.room.get(stop, stop))
             left.append(_Place(keys_values, states, last, buffer.num_rows))
         return left
 
@@ -330,17 +336,14 @@ class Growth:
                 span.place(keys_values=own_keys_values, states=own_states)
         return [rows.block for rows in (own_keys_values, own_states) if rows is not None]
 
-    def _is_wasteful(self, span: Span) -> bool:
-        """Whether a generated span at which no text ends lies in blocks that are mostly unused."""
-        if span.is_end or not (span.token_ids and span.is_held(with_keys_values=True)):
-            return False
-        block = keys_values_of(span).block
-        return block in self._mixed and 2 * self._num_used(block) < block.num_rows
-
-    def _num_used(self, block: KeysValues) -> int:
-        """Return the number of rows of a block that are held, or are the room behind a text."""
-        buffer = self._buffers.get(block)
-        return block.num_held + (0 if buffer is None else sum(stop - start for start, stop in buffer.room.items()))
+    def _is_mostly_unused(self, block: KeysValues) -> bool:
+        """Whether less than half of the rows of a block of several texts are held, or room behind a text."""
+        buffer, num_used = self._buffers.get(block), block.num_held
+        if buffer is not None:
+            growing = [keys_values_of(span).stop for span in block.spans if len(span.children) < 2]
+            buffer.room = {stop: buffer.room[stop] for stop in growing if stop in buffer.room}
+            num_used += sum(buffer.room.values()) - sum(buffer.room)
+        return block in self._mixed and 2 * num_used < block.num_rows
 
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
