@@ -45,20 +45,6 @@ class _Buffer:
     room: dict[int, int]
 
 
-class _Place(NamedTuple):
-    """Free rows of a buffer, `start..stop`."""
-
-    keys_values: KeysValues
-    states: States
-    start: int
-    stop: int
-
-    def split(self, num_rows: int) -> tuple[_Place, _Place]:
-        """Return the first `num_rows` rows, or all, and the others."""
-        middle = min(self.start + num_rows, self.stop)
-        return self._replace(stop=middle), self._replace(start=middle)
-
-
 class _Held(NamedTuple):
     """The rows of both kinds of data of a span."""
 
@@ -142,17 +128,15 @@ class Growth:
         adjacent = list(map(_adjacent, chains))
         apart = [chain for chain, rows in zip(chains, adjacent, strict=True) if rows is None]
         needed = [(upper, num_tokens_of(following)) for upper, *following in apart]
-        made = self._make_room(
-            {upper: _num_free(upper, num) for upper, num in needed if not self._has_room(upper, num)}
-        )
+        made = self._make_room([pair for pair in needed if not self._has_room(*pair)])
         appended = iter(self._append(apart))
         for chain, rows in zip(chains, adjacent, strict=True):
             self._forest.absorb(chain, *(next(appended) if rows is None else rows))
         return made + self.release(spans)
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
-        """Make room for one more token behind the spans that have none; return the new blocks."""
-        return self._make_room({end: _num_free(end, 1) for end in ends if not self._has_room(end, 1)})
+        """Make room for one more token behind the spans that have none, in one new buffer; return the new blocks."""
+        return self._make_room([(end, 1) for end in ends if not self._has_room(end, 1)])
 
     def num_steps(self, ends: Iterable[Span]) -> int:
         """Return the number of steps for which there is room behind every span, one token a step."""
@@ -200,16 +184,12 @@ class Growth:
     def release(self, spans: Iterable[Span]) -> list[Block]:
         """Move the parents of spans, which others continue as well, out of blocks that are mostly unused.
 
-        Returns the new blocks.
+        They move together. Returns the new blocks, one of each kind.
         """
-        parents = dict.fromkeys(parent for span in spans if (parent := span.parent) is not None)
-        block_of = {
-            parent: keys_values_of(parent).block
-            for parent in parents
-            if parent.token_ids and not parent.is_end and parent.is_held(with_keys_values=True)
-        }
-        unused = {block for block in dict.fromkeys(block_of.values()) if self._is_mostly_unused(block)}
-        return self._make_room({parent: 0 for parent, block in block_of.items() if block in unused})
+        parents = dict.fromkeys(span.parent for span in spans)
+        return self._move_together(
+            {parent: 0 for parent in parents if parent is not None and self._is_wasteful(parent)}
+        )
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a text that will not grow any more; return the new blocks.
@@ -235,74 +215,38 @@ class Growth:
             return None
         return buffer if keys_values.num_rows == states.num_rows == buffer.num_rows else None
 
-    def _make_room(self, free: Mapping[Span, int]) -> list[Block]:
-        """Move spans to where the given number of free rows is behind each; return the new blocks.
+    def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
+        """Copy the rows of spans into one new buffer, with room behind each for the given number of tokens and more."""
+        free = {}
+        for upper, num_tokens in spans:
+            free[upper] = num_tokens + max(ROWS_AT_A_TIME, (len(upper.token_ids) + num_tokens) // 8)
+        return self._move_together(free)
 
-        Rows that other texts have left are taken first, also with a little less room. The other spans move to one new
-        buffer.
-        """
-        left = self._left() if free else []
-        places: dict[Span, _Place] = {}
-        homeless: list[Span] = []
+    def _move_together(self, free: Mapping[Span, int]) -> list[Block]:
+        """Copy the rows of spans into one new block of each kind, with free room behind each; return the blocks."""
+        if not free:
+            return []
+        num_rows = 0
+        room: dict[int, int] = {}
+        ranges: list[tuple[int, int]] = []
         for span, num_free in free.items():
-            num_rows = len(span.token_ids) + num_free
-            least = num_rows - min(num_free, ROWS_AT_A_TIME) // 2
-            idx = next((idx for idx, place in enumerate(left) if place.stop - place.start >= least), None)
-            if idx is None:
-                homeless.append(span)
-            else:
-                places[span], left[idx] = left[idx].split(num_rows)
-        made: list[Block] = []
-        if homeless:
-            rest = self._new_buffer(homeless[0], num_tokens_of(homeless) + sum(free[span] for span in homeless))
-            made = [rest.keys_values, rest.states]
-            for span in homeless:
-                places[span], rest = rest.split(len(span.token_ids) + free[span])
-        self._move(places)
-        return made
-
-    def _left(self) -> list[_Place]:
-        """Return the rows that no text uses any more in buffers that are not mostly unused."""
-        left: list[_Place] = []
-        for keys_values, buffer in list(self._buffers.items()):
-            states = buffer.states()
-            if states is None or self._buffer_of(keys_values, states) is None:
-                continue
-            if self._is_mostly_unused(keys_values):
-                continue
-            held = [(rows.start, rows.stop) for rows in map(keys_values_of, keys_values.spans)]
-            held += [(rows.start, rows.stop) for rows in map(states_of, states.spans)]
-            last = 0
-            for start, stop in sorted(held):
-                if start > last:
-                    left.append(_Place(keys_values, states, last, start))
-                last = max(last, buffer.room.get(stop, stop))
-            left.append(_Place(keys_values, states, last, buffer.num_rows))
-        return left
-
-    def _new_buffer(self, like: Span, num_rows: int) -> _Place:
-        """Return the rows of a new buffer, with the shapes and the location of a span's rows."""
-        held = _Held.of(like)
+            start, stop = num_rows, num_rows + len(span.token_ids)
+            num_rows = stop + num_free
+            ranges.append((start, stop))
+            room[stop] = num_rows
+        first = _Held.of(next(iter(free)))
         # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
-        keys_values, states = held.keys_values.block.zeros(num_rows), held.states.block.zeros(num_rows)
-        self._buffers[keys_values] = _Buffer(ref(states), num_rows, {})
-        self._mixed.update((keys_values, states))
-        return _Place(keys_values, states, 0, num_rows)
-
-    def _move(self, places: Mapping[Span, _Place]) -> None:
-        """Copy the rows of each span to the beginning of a place; the rest of the place is the room behind the span."""
+        keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
         copies: list[_Copy] = []
-        for span, place in places.items():
-            copies += [
-                (keys_values_of(span), place.keys_values, place.start),
-                (states_of(span), place.states, place.start),
-            ]
+        for span, (start, _) in zip(free, ranges, strict=True):
+            copies += [(keys_values_of(span), keys_values, start), (states_of(span), states, start)]
         copy_rows(copies)
+        self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
+        self._mixed.update((keys_values, states))
         with self._forest.changing():
-            for span, (keys_values, states, start, stop_of_room) in places.items():
-                stop = start + len(span.token_ids)
-                self._buffers[keys_values].room[stop] = stop_of_room
-                span.place(keys_values=BlockRows(keys_values, start, stop), states=BlockRows(states, start, stop))
+            for span, rows in zip(free, ranges, strict=True):
+                span.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
+        return [keys_values, states]
 
     def _append(self, chains: Iterable[Sequence[Span]]) -> list[_Held]:
         """Copy the rows of each chain of spans behind those of its first span; return the combined rows."""
@@ -336,23 +280,16 @@ class Growth:
                 span.place(keys_values=own_keys_values, states=own_states)
         return [rows.block for rows in (own_keys_values, own_states) if rows is not None]
 
-    def _is_mostly_unused(self, block: KeysValues) -> bool:
-        """Whether less than half of the rows of a block of several texts are held, or room behind a text."""
-        buffer, num_used = self._buffers.get(block), block.num_held
-        if buffer is not None:
-            growing = [keys_values_of(span).stop for span in block.spans if len(span.children) < 2]
-            buffer.room = {stop: buffer.room[stop] for stop in growing if stop in buffer.room}
-            num_used += sum(buffer.room.values()) - sum(buffer.room)
-        return block in self._mixed and 2 * num_used < block.num_rows
+    def _is_wasteful(self, span: Span) -> bool:
+        """Whether a generated span at which no text ends lies in blocks that are mostly unused."""
+        if span.is_end or not (span.token_ids and span.is_held(with_keys_values=True)):
+            return False
+        block = states_of(span).block
+        return block in self._mixed and 2 * block.num_held < block.num_rows
 
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
-
-
-def _num_free(span: Span, num_tokens: int) -> int:
-    """Return the number of free rows behind a span that is about to take in tokens, and may take in more later."""
-    return num_tokens + max(ROWS_AT_A_TIME, (len(span.token_ids) + num_tokens) // 8)
 
 
 def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> None:
