@@ -84,6 +84,20 @@ def test_rows_that_lie_side_by_side_are_not_copied():
     assert_right([end])
 
 
+def test_a_chain_is_absorbed_at_once():
+    """1 2 3 -- 10 -- 20 -- 21, behind which others were dropped."""
+    texts = Texts((1, 2, 3))
+    for tokens in ([10], [20, 30], [21, 22, 31]):
+        texts.ids = [list(ids) for ids in texts.ids for _ in range(2)][: len(tokens)]
+        texts.step(tokens)
+    assert [span.token_ids for span in texts.ends[0].path()] == [(1, 2, 3), (10,), (20,), (21,)]
+    for end in texts.ends[1:]:
+        texts.forest.discard(end, held=())
+    texts.growth.absorb(texts.ends[:1], held=set(texts.ends[:1]))
+    assert [span.token_ids for span in texts.forest.spans()] == [(1, 2, 3), (10, 20, 21)]
+    assert_right(texts.forest.spans())
+
+
 @pytest.mark.parametrize("rows", [slice(1, 2), slice(0, 3)], ids=["some", "all"])
 def test_copied_rows_are_copied_once_into_tensors_of_their_own(monkeypatch, rows):
     _, (end,) = inserted((1, 2, 3))

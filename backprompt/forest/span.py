@@ -289,15 +289,6 @@ class Span:
             if self.host_keys_values is not None:
                 self.let_go("keys_values", "host")
 
-    def take_in(self, token_id: int, keys_values: Rows, states: Rows) -> None:
-        """Add a token whose rows lie right behind the span's own; the rows given are those of all tokens."""
-        assert keys_values.block is not None and states.block is not None, self
-        self.token_ids = (*self.token_ids, token_id)
-        self.key = None
-        self.keys_values, self.states = keys_values, states
-        keys_values.block.take(self, 1)
-        states.block.take(self, 1)
-
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""
         self._put(_SLOTS[kind, pool], rows)

@@ -296,10 +296,11 @@ def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> Non
     """Add to a span a token whose rows lie right behind the span's own rows, `held`; `room`: see `_Buffer`."""
     keys_values, states = held
     room[keys_values.stop + 1] = room.pop(keys_values.stop)
-    end.take_in(
-        token_id,
-        BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
-        BlockRows(states.block, states.start, states.stop + 1),
+    end.token_ids = (*end.token_ids, token_id)
+    end.key = None
+    end.place(
+        keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
+        states=BlockRows(states.block, states.start, states.stop + 1),
     )
 
 
