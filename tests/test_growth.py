@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backprompt.memory.growth import ROWS_AT_A_TIME, Growth
 from backprompt.memory.location import Location
@@ -82,6 +84,20 @@ def test_rows_that_lie_side_by_side_are_not_copied():
     assert_right([end])
 
 
+def test_a_chain_is_absorbed_at_once():
+    """1 2 3 -- 10 -- 20 -- 21, behind which others were dropped."""
+    texts = Texts((1, 2, 3))
+    for tokens in ([10], [20, 30], [21, 22, 31]):
+        texts.ids = [list(ids) for ids in texts.ids for _ in range(2)][: len(tokens)]
+        texts.step(tokens)
+    assert [span.token_ids for span in texts.ends[0].path()] == [(1, 2, 3), (10,), (20,), (21,)]
+    for end in texts.ends[1:]:
+        texts.forest.discard(end, held=())
+    texts.growth.absorb(texts.ends[:1], held=set(texts.ends[:1]))
+    assert [span.token_ids for span in texts.forest.spans()] == [(1, 2, 3), (10, 20, 21)]
+    assert_right(texts.forest.spans())
+
+
 @pytest.mark.parametrize("rows", [slice(1, 2), slice(0, 3)], ids=["some", "all"])
 def test_copied_rows_are_copied_once_into_tensors_of_their_own(monkeypatch, rows):
     _, (end,) = inserted((1, 2, 3))
@@ -136,6 +152,41 @@ def test_what_several_continue_moves_out_of_the_buffer():
     assert {shared.keys_values.block, shared.states.block} <= set(made)
     assert shared.keys_values.block.num_rows == shared.states.block.num_rows == 2
     assert_right(texts.forest.spans())
+
+
+def test_spans_that_part_in_one_step_move_together_to_one_block_without_room():
+    texts = Texts(*PROMPTS, (8, 9))
+    for step in range(3):
+        texts.step([10 + step, 60 + step, 90 + step])
+    texts.ids = [list(ids) for ids in texts.ids[:2] for _ in range(2)]
+    made = texts.step([20, 21, 70, 71])
+    shared = [texts.ends[0].parent, texts.ends[2].parent]
+    assert [len(span.token_ids) for span in shared] == [3, 3]
+    assert {span.keys_values.block for span in shared} | {span.states.block for span in shared} == set(made)
+    assert [block.num_rows for block in made] == [6, 6]
+    assert texts.growth.release(texts.ends) == []  # they stay until most of the block is unused
+    for end in texts.ends[2:]:
+        texts.forest.discard(end, held=())
+    del texts.ends[2:]
+    assert texts.growth.release(texts.ends) == []
+    assert_right(span for span in texts.forest.spans() if span.is_held())
+    texts.growth.finish(texts.ends[0])
+    assert shared[0].keys_values.block.num_rows == shared[0].states.block.num_rows == 3
+
+
+@given(data=st.data())
+def test_texts_that_grow_part_and_are_dropped_keep_their_rows(data):
+    texts = Texts(*PROMPTS, (8,))
+    for step in range(data.draw(st.integers(1, 12))):
+        nums = [data.draw(st.integers(0 if idx else 1, 2)) for idx in range(len(texts.ends))]  # continuations of each
+        texts.ids = [list(ids) for ids, num in zip(texts.ids, nums, strict=True) for _ in range(num)]
+        for end, num in zip(texts.ends, nums, strict=True):
+            if not num:
+                texts.forest.discard(end, held=())
+        texts.step([10 + 2 * step + idx for num in nums for idx in range(num)])
+        assert_right(span for span in texts.forest.spans() if span.is_held())
+        for parent in {end.parent for end in texts.ends if not end.parent.is_end}:
+            assert 2 * parent.states.block.num_held >= parent.states.block.num_rows
 
 
 def test_what_has_grown_takes_as_many_bytes_as_it_has_tokens():

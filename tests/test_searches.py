@@ -221,5 +221,5 @@ def test_a_finished_search_keeps_no_tensors_of_the_others(model, tokenizer):
         nums_live.append(len(live))
         step(live, slice_rows=1000)
         num_alive = len(alive_searches()) - len(of_other_tests)
-        assert num_alive == sum(not text.is_finished for _, text in searches)
+        assert num_alive == any(not text.is_finished for _, text in searches)  # one object for all of them
     assert len(set(nums_live)) > 2  # they end at different steps

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TypeAlias
 
 from torch import Tensor
@@ -133,7 +134,7 @@ class Steps:
             return None
         if computation.memory.is_exceeded() or computation.memory.is_scattered:
             return None
-        parting = {end for end, count in Counter(end for end, _ in tokens).items() if count > 1}
+        parting = {end for end, count in Counter(map(itemgetter(0), tokens)).items() if count > 1}
         of_others = computation.holders.others(owners)
         growing: dict[Span, int] = {}
         for end, token_id in tokens:
@@ -195,7 +196,5 @@ class Steps:
         if new:
             memory.add([keys_values, states])
             growth.note_pass(new)
-            for before in dict.fromkeys(new.values()):
-                if not before.is_end:
-                    memory.add(growth.release(before))
+            memory.add(growth.release(new))
         return ends

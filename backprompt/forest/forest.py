@@ -220,22 +220,23 @@ class Forest:
             span.give(upper, num_tokens)
         return upper
 
-    def absorb(self, span: Span, keys_values: Rows, states: Rows) -> None:
-        """Extend `span` to the start of its parent, which is removed; the opposite of `split`.
+    def absorb(self, chain: Sequence[Span], keys_values: Rows, states: Rows) -> None:
+        """Extend the last span of a chain to the start of the chain, and remove the others; the opposite of `split`.
 
         Args:
-            span: the span that absorbs its parent.
+            chain: spans that continue each other, the last of which absorbs the others; these have no other children.
             keys_values, states: the new places of its keys and values and of its states.
 
         """
-        upper = span.parent
-        assert upper is not None and upper.parent is not None and len(upper.children) == 1, span
+        first, span = chain[0], chain[-1]
+        assert first.parent is not None and all(len(upper.children) == 1 for upper in chain[:-1]), chain
         with self.changing():
-            upper.drop()
-            upper.parent.add_child(child_key(upper.parent, upper.position, upper.token_ids[0]), span)
-            span.token_ids = upper.token_ids + span.token_ids
-            span.position = upper.position
-            span.follow(upper.parent)
+            for upper in chain[:-1]:
+                upper.drop()
+            first.parent.add_child(child_key(first.parent, first.position, first.token_ids[0]), span)
+            span.token_ids = tuple(token_id for part in chain for token_id in part.token_ids)
+            span.position = first.position
+            span.follow(first.parent)
             span.place(keys_values=keys_values, states=states)
 
     def discard(self, span: Span, held: Container[Span]) -> Span:

@@ -22,7 +22,7 @@ from backprompt.generation.constrained import MAX_FORCED, allowed_rows
 from backprompt.generation.decoding import Decoding, Rules
 from backprompt.generation.found import Choice, Completion, Found
 from backprompt.generation.quick import first_of_largest
-from backprompt.generation.searches import Continuations, Searches
+from backprompt.generation.searches import Continuations, Search, Searches
 from backprompt.generation.stops import Watched
 from backprompt.logprobs import log_softmax
 from backprompt.tokens.matching import Allowed, Matching
@@ -71,9 +71,11 @@ def _go_on(texts: Sequence[BeamDecoding], logits: Tensor) -> None:
     after = searches.with_candidates(model, candidates, ends_now, config)
     are_finished = after.are_finished(model, ends_now, config).tolist()
     lasts = torch.stack((after.beams_before % after.num_beams, after.last_tokens), dim=-1).tolist()
-    found = zip(after.split(), lasts, after.scores.tolist(), after.hypotheses(), choices, are_finished, strict=True)
-    for text, (search, own_lasts, own_scores, hypotheses, own_choices, is_finished) in zip(texts, found, strict=True):
-        text.go_on(search, own_lasts, own_scores, hypotheses, dict(own_choices), is_finished)
+    found = zip(lasts, after.scores.tolist(), after.hypotheses(), choices, are_finished, strict=True)
+    for row, (text, (own_lasts, own_scores, hypotheses, own_choices, is_finished)) in enumerate(
+        zip(texts, found, strict=True)
+    ):
+        text.go_on(Search(after, row), own_lasts, own_scores, hypotheses, dict(own_choices), is_finished)
 
 
 def _num_kept(config: Any) -> int:
@@ -154,7 +156,7 @@ class BeamDecoding:
         self._prompt_ids = prompt_ids
         self.num_beams = decoding.num_beams
         self._prompt = torch.empty(0)  # `prompt_ids` on the device of the scores, `(1, tokens)`
-        self._search: Searches | None = None
+        self._search: Search | None = None
         self._choices: dict[Completion, tuple[Choice, ...]] = {(): ()}  # of beams, and of finished beams
         self._continued: dict[Completion, tuple[Choice, ...]] = {}  # `_choices` one step before
         self._hypotheses: list[Completion] = []
@@ -179,7 +181,7 @@ class BeamDecoding:
     def ids(self) -> Tensor:
         """Return the ids of the beams so far, `(beams, tokens)`."""
         assert self._search is not None
-        return self.whole(self._search.sequences[0, :, : self.num_new])
+        return self.whole(self._search.of.sequences[self._search.row, :, : self.num_new])
 
     def whole(self, sequences: Tensor) -> Tensor:
         """Return continuations behind the ids of the prompt, `(continuations, tokens)`."""
@@ -210,7 +212,7 @@ class BeamDecoding:
 
     def go_on(
         self,
-        search: Searches,
+        search: Search,
         lasts: Sequence[tuple[int, int]],
         scores: Sequence[float],
         hypotheses: Sequence[Completion],
@@ -220,7 +222,7 @@ class BeamDecoding:
         """Take the next beams.
 
         Args:
-            search: the state of this one search.
+            search: the search in its new state.
             lasts: for each beam the beam that it continues, and its last token.
             scores: the score of each beam.
             hypotheses: the finished beams.
@@ -241,7 +243,7 @@ class BeamDecoding:
         if hypotheses and self._matching is not None:  # of a small language all may be found before `num_beams`
             self.is_finished |= not any(row.any() for row in map(self._matching.allowed, self.beams))
         if self.is_finished:
-            self._search = None  # a view of the tensors of all searches of the step
+            self._search = None  # it keeps the tensors of all searches of the step
 
     def needed(self) -> set[Completion]:
         """Return the continuations to keep: live and finished beams, each without its last token."""
@@ -277,10 +279,10 @@ class BeamDecoding:
         """Return whether the constraint allows no token behind a continuation."""
         return self._matching is not None and self._matching.is_over(completion)
 
-    def begin(self, device: torch.device) -> Searches:
+    def begin(self, device: torch.device) -> Search:
         """Return the search; at first make the rules and the first beams on the device of the scores."""
         if self._search is None:
             self._prompt = torch.tensor([self._prompt_ids], device=device)
             self.rules = self.decoding.rules(self._prompt)
-            self._search = Searches.begin(self.num_beams, self.decoding.max_new_tokens, device)
+            self._search = Search(Searches.begin(self.num_beams, self.decoding.max_new_tokens, device), 0)
         return self._search

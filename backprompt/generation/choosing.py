@@ -35,7 +35,7 @@ NOISE_BYTES = 4 << 20
 MAX_SHARE_PICKED = 1 / 8
 """The largest share of positive numbers in the rows for which only the positive numbers are computed."""
 
-_LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
+_LOOKS_AT: dict[type, Callable[[Any, int], Hashable] | None] = {
     **dict.fromkeys(
         (
             kinds.EpsilonLogitsWarper,
@@ -50,7 +50,7 @@ _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
             kinds.TopPLogitsWarper,
             kinds.TypicalLogitsWarper,
         ),
-        lambda _, num_ids: None,
+        None,
     ),
     kinds.ExponentialDecayLengthPenalty: lambda processor, num_ids: max(0, num_ids - processor.regulation_start),
     kinds.ForcedBOSTokenLogitsProcessor: lambda _, num_ids: num_ids == 1,
@@ -61,7 +61,8 @@ _LOOKS_AT: dict[type, Callable[[Any, int], Hashable]] = {
     ),
     kinds.SuppressTokensAtBeginLogitsProcessor: lambda processor, num_ids: num_ids == processor.begin_index,
 }
-"""For each kind of processor, a function that returns its inputs besides a row of scores, given the number of ids.
+"""For each kind of processor, a function that returns its inputs besides a row of scores, given the number of ids; None
+for a kind that looks at nothing else. None of them looks at the ids themselves.
 
 All texts have processors with the same options, so processors with the same inputs change a row in the same way.
 """
@@ -225,11 +226,11 @@ def _alike(processors: Sequence[Any], num_ids: Sequence[int]) -> Iterable[Sequen
         num_ids: the number of ids of each text so far.
 
     """
-    looks_at = _LOOKS_AT.get(type(processors[0]))
-    if looks_at is None:
+    if type(processors[0]) not in _LOOKS_AT:
         return ([idx] for idx in range(len(processors)))
-    inputs = list(map(looks_at, processors, num_ids))
-    if len(set(inputs)) == 1:
+    looks_at = _LOOKS_AT[type(processors[0])]
+    inputs = [] if looks_at is None else list(map(looks_at, processors, num_ids))
+    if len(set(inputs)) <= 1:
         return [range(len(processors))]
     groups: dict[Hashable, list[int]] = {}
     for idx, seen in enumerate(inputs):
@@ -261,17 +262,17 @@ def _divide(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
 
 
 def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None:
-    """Divide rows as `_divide` does on the CPU: the same uniform numbers, and logarithms of many numbers at a time.
+    """Divide rows as `_divide` does on the CPU: the same random bits, and logarithms of many numbers at a time.
 
-    If few numbers of the rows are above 0, only those are divided.
+    If few numbers of the rows are above 0, only those are divided, and the other bits never become numbers.
     """
     rows_at_a_time = max(1, NOISE_BYTES // (8 * rows.shape[1]))
-    uniform = torch.empty((min(len(rows), rows_at_a_time), rows.shape[1]), dtype=torch.float64)
+    bits = torch.empty((min(len(rows), rows_at_a_time), rows.shape[1]), dtype=torch.int64)
     for start in range(0, len(rows), rows_at_a_time):
         part = rows[start : start + rows_at_a_time]
-        drawn = uniform[: len(part)]
+        drawn = bits[: len(part)]
         for row, own in zip(drawn, generators[start:], strict=False):
-            row.uniform_(generator=own)
+            row.random_(generator=own)
         positive = np.flatnonzero(part.numpy() > 0)
         if len(positive) > MAX_SHARE_PICKED * part.numel():
             part.div_(_exponential(drawn).to(part.dtype))
@@ -281,8 +282,9 @@ def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None
             part.put_(places, part.take(places).div_(noise))
 
 
-def _exponential(uniform: Tensor) -> Tensor:
-    """Turn uniform numbers into exponentially distributed ones, in float64."""
+def _exponential(bits: Tensor) -> Tensor:
+    """Turn random bits into exponentially distributed numbers, in float64: 53 bits are a uniform number in torch."""
+    uniform = bits.bitwise_and_((1 << 53) - 1).to(torch.float64).mul_(2.0**-53)
     return uniform.neg_().log1p_().neg_()
 
 

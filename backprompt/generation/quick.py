@@ -113,8 +113,9 @@ def _sorted_alone(scores: Scores, are_chosen: npt.NDArray[np.bool_]) -> Scores:
 
 def _without_ends(processor: Any, _: Tensor, scores: Tensor) -> Tensor:
     """Exclude the tokens that end a text."""
-    ends = processor.eos_token_id
-    return scores.index_fill_(1, ends[(ends >= 0) & (ends < scores.shape[1])], -torch.inf)
+    ends = processor.eos_token_id.numpy()
+    scores.numpy()[:, ends[(ends >= 0) & (ends < scores.shape[1])]] = -np.inf
+    return scores
 
 
 def _min_length(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:

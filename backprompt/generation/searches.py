@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from backprompt.transfers import on_device
 
 UNREACHABLE = -1e9
 """The score that transformers gives to a place without a beam."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Continuations:
     """Continuations of several texts by the same number of tokens: candidates for beams, or beams.
 
@@ -47,7 +52,7 @@ class Continuations:
         return self.indices[:, :, self.num_new - 1].long()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Searches(Continuations):
     """The states of beam searches with the same options and the same number of new tokens.
 
@@ -91,17 +96,11 @@ class Searches(Continuations):
         )
 
     @classmethod
-    def together(cls, searches: Sequence[Searches]) -> Searches:
-        """Return searches with the same number of new tokens side by side."""
-        if len(searches) == 1:
-            return searches[0]
-        return cls(searches[0].num_new, *map(torch.cat, zip(*(own._tensors for own in searches), strict=True)))
-
-    def split(self) -> list[Searches]:
-        """Return each search alone, as views."""
-        return [
-            Searches(self.num_new, *own) for own in zip(*(torch.split(rows, 1) for rows in self._tensors), strict=True)
-        ]
+    def together(cls, searches: Sequence[Search]) -> Searches:
+        """Return searches with the same number of new tokens side by side, without a copy if they are so already."""
+        parts = [of._at([row for _, row in own]) for of, own in groupby(searches, key=itemgetter(0))]
+        tensors = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        return cls(searches[0].of.num_new, *tensors)
 
     def candidates(self, model: Any, accumulated: Tensor, num_kept: int) -> Continuations:
         """Return the best `num_kept` continuations of each search by one token.
@@ -197,6 +196,17 @@ class Searches(Continuations):
             for own in zip(self.ended[:, :, : self.num_new].tolist(), nums_new, are_ended, strict=True)
         ]
 
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)[1:]]
+    def _at(self, rows: Sequence[int]) -> list[Tensor]:
+        """Return the tensors of these searches; those of all searches are not copied."""
+        tensors: list[Tensor] = [getattr(self, field.name) for field in fields(self)[1:]]
+        if rows == list(range(len(self.scores))):
+            return tensors
+        own = on_device(np.array(rows), self.scores.device)
+        return [tensor[own] for tensor in tensors]
+
+
+class Search(NamedTuple):
+    """One of several searches, by its row."""
+
+    of: Searches
+    row: int

@@ -13,7 +13,7 @@ rows of all of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprompt.forest.forest import Forest
+from backprompt.forest.passes import num_tokens_of
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
 from backprompt.memory.places import Places
@@ -116,31 +117,22 @@ class Growth:
         self._mixed.update({rows.block for span in spans for rows in _Held.of(span)})
 
     def absorb(self, spans: Sequence[Span], held: Container[Span]) -> list[Block]:
-        """Let spans absorb their parents where no other text uses the parents; return the new blocks.
+        """Let spans absorb the spans above them, up to the first that another text uses; return the new blocks.
 
         Args:
             spans: the spans that absorb.
             held: the ends of texts in use.
 
         """
-        made: list[Block] = []
-        absorbing = list(spans)
-        while absorbing:
-            pairs = [(upper, span) for span in absorbing if (upper := _absorbable(span, held)) is not None]
-            together = {span: _Held.of(upper).with_next(_Held.of(span)) for upper, span in pairs}
-            apart = [(upper, span) for upper, span in pairs if together[span] is None]
-            needed = [(upper, len(span.token_ids)) for upper, span in apart]
-            made += self._make_room([pair for pair in needed if not self._has_room(*pair)])
-            together |= self._append(apart)
-            for _, span in pairs:
-                both = together[span]
-                assert both is not None
-                self._forest.absorb(span, both.keys_values, both.states)
-            absorbing = [span for _, span in pairs]
-        for span in spans:
-            if span.parent is not None and not span.parent.is_end:
-                made += self.release(span.parent)  # it has several children
-        return made
+        chains = [chain for span in spans if len(chain := _absorbable(span, held)) > 1]
+        adjacent = list(map(_adjacent, chains))
+        apart = [chain for chain, rows in zip(chains, adjacent, strict=True) if rows is None]
+        needed = [(upper, num_tokens_of(following)) for upper, *following in apart]
+        made = self._make_room([pair for pair in needed if not self._has_room(*pair)])
+        appended = iter(self._append(apart))
+        for chain, rows in zip(chains, adjacent, strict=True):
+            self._forest.absorb(chain, *(next(appended) if rows is None else rows))
+        return made + self.release(spans)
 
     def make_room(self, ends: Iterable[Span]) -> list[Block]:
         """Make room for one more token behind the spans that have none, in one new buffer; return the new blocks."""
@@ -189,9 +181,15 @@ class Growth:
                 for idx in indices:
                     _take_in(ends[idx], token_ids[idx], held[idx], room)
 
-    def release(self, span: Span) -> list[Block]:
-        """Free the room behind a span that several texts continue from now on; return the new blocks."""
-        return self._move_out(span)
+    def release(self, spans: Iterable[Span]) -> list[Block]:
+        """Move the parents of spans, which others continue as well, out of blocks that are mostly unused.
+
+        They move together. Returns the new blocks, one of each kind.
+        """
+        parents = dict.fromkeys(span.parent for span in spans)
+        return self._move_together(
+            {parent: 0 for parent in parents if parent is not None and self._is_wasteful(parent)}
+        )
 
     def finish(self, span: Span) -> list[Block]:
         """Free the room behind a text that will not grow any more; return the new blocks.
@@ -219,46 +217,53 @@ class Growth:
 
     def _make_room(self, spans: Sequence[tuple[Span, int]]) -> list[Block]:
         """Copy the rows of spans into one new buffer, with room behind each for the given number of tokens and more."""
-        if not spans:
+        free = {}
+        for upper, num_tokens in spans:
+            free[upper] = num_tokens + max(ROWS_AT_A_TIME, (len(upper.token_ids) + num_tokens) // 8)
+        return self._move_together(free)
+
+    def _move_together(self, free: Mapping[Span, int]) -> list[Block]:
+        """Copy the rows of spans into one new block of each kind, with free room behind each; return the blocks."""
+        if not free:
             return []
         num_rows = 0
         room: dict[int, int] = {}
         ranges: list[tuple[int, int]] = []
-        for upper, num_tokens in spans:
-            num_needed = len(upper.token_ids) + num_tokens
-            start, stop = num_rows, num_rows + len(upper.token_ids)
-            num_rows += num_needed + max(ROWS_AT_A_TIME, num_needed // 8)
+        for span, num_free in free.items():
+            start, stop = num_rows, num_rows + len(span.token_ids)
+            num_rows = stop + num_free
             ranges.append((start, stop))
             room[stop] = num_rows
-        first = _Held.of(spans[0][0])
+        first = _Held.of(next(iter(free)))
         # A masked key that is nan would spoil the rows that do not see it, so the room is filled with zeros.
         keys_values, states = first.keys_values.block.zeros(num_rows), first.states.block.zeros(num_rows)
         copies: list[_Copy] = []
-        for (upper, _), (start, _) in zip(spans, ranges, strict=True):
-            copies += [(keys_values_of(upper), keys_values, start), (states_of(upper), states, start)]
+        for span, (start, _) in zip(free, ranges, strict=True):
+            copies += [(keys_values_of(span), keys_values, start), (states_of(span), states, start)]
         copy_rows(copies)
         self._buffers[keys_values] = _Buffer(ref(states), num_rows, room)
         self._mixed.update((keys_values, states))
         with self._forest.changing():
-            for (upper, _), rows in zip(spans, ranges, strict=True):
-                upper.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
+            for span, rows in zip(free, ranges, strict=True):
+                span.place(keys_values=BlockRows(keys_values, *rows), states=BlockRows(states, *rows))
         return [keys_values, states]
 
-    def _append(self, pairs: Sequence[tuple[Span, Span]]) -> dict[Span, _Held]:
-        """Copy spans' rows behind those of their parents; return the combined rows."""
+    def _append(self, chains: Iterable[Sequence[Span]]) -> list[_Held]:
+        """Copy the rows of each chain of spans behind those of its first span; return the combined rows."""
         copies: list[_Copy] = []
-        together: dict[Span, _Held] = {}
-        for upper, span in pairs:
-            keys_values, states = keys_values_of(upper), states_of(upper)
-            start, stop = keys_values.stop, keys_values.stop + len(span.token_ids)
+        together: list[_Held] = []
+        for upper, *following in chains:
+            keys_values, states = _Held.of(upper)
+            start = stop = keys_values.stop
+            for span in following:
+                copies += [(keys_values_of(span), keys_values.block, stop), (states_of(span), states.block, stop)]
+                stop += len(span.token_ids)
             room = self._buffers[keys_values.block].room
             room[stop] = room.pop(start)
-            copies += [
-                (keys_values_of(span), keys_values.block, start),
-                (states_of(span), states.block, start),
-            ]
-            together[span] = _Held(
-                BlockRows(keys_values.block, keys_values.start, stop), BlockRows(states.block, states.start, stop)
+            together.append(
+                _Held(
+                    BlockRows(keys_values.block, keys_values.start, stop), BlockRows(states.block, states.start, stop)
+                )
             )
         copy_rows(copies)
         return together
@@ -274,6 +279,13 @@ class Growth:
             with self._forest.changing():
                 span.place(keys_values=own_keys_values, states=own_states)
         return [rows.block for rows in (own_keys_values, own_states) if rows is not None]
+
+    def _is_wasteful(self, span: Span) -> bool:
+        """Whether a generated span at which no text ends lies in blocks that are mostly unused."""
+        if span.is_end or not (span.token_ids and span.is_held(with_keys_values=True)):
+            return False
+        block = states_of(span).block
+        return block in self._mixed and 2 * block.num_held < block.num_rows
 
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
@@ -297,7 +309,24 @@ def takes_tokens_in(span: Span) -> bool:
     return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 
-def _absorbable(span: Span, held: Container[Span]) -> Span | None:
+def _absorbable(span: Span, held: Container[Span]) -> list[Span]:
+    """Return a span with the spans right above it that it may absorb, from the first on."""
+    chain = [span]
+    while (upper := _absorbable_parent(chain[-1], held)) is not None:
+        chain.append(upper)
+    return chain[::-1]
+
+
+def _adjacent(chain: Sequence[Span]) -> _Held | None:
+    """Return the rows of a chain of spans as one range if they directly follow each other."""
+    first, *following = map(_Held.of, chain)
+    together: _Held | None = first
+    for rows in following:
+        together = None if together is None else together.with_next(rows)
+    return together
+
+
+def _absorbable_parent(span: Span, held: Container[Span]) -> Span | None:
     """Return a span's parent if the span may absorb it: no text ends there, and it has no other child; else None."""
     upper = span.parent
     if (

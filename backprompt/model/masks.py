@@ -7,10 +7,13 @@ waiting for a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+_CAUSAL: Any = causal_mask_function
 
 POSITIONS_AHEAD = 64
 """The number of positions for which a mask is examined at once, for the steps to come."""
@@ -63,6 +66,8 @@ class Mask:
 
 def meanings(mask_function: Callable[..., Tensor], first: int, stop: int, device: torch.device) -> list[Meaning]:
     """Return the meaning of a mask for calls with these last positions."""
+    if mask_function is _CAUSAL:  # that of most models, asked for in each step of a generation
+        return [Meaning(True)] * (stop - first)
     nums = _nums_visible(mask_function, range(first - 1, stop), device)
     # A window shows equally many keys at the last two positions; chunked and look-ahead masks do not.
     found = []
