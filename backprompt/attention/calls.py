@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from backprompt.attention.base import Scoring
-from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, aligned, choose_kernel, clear_kernel
+from backprompt.attention.kernels import (
+    ChosenKernel,
+    Kernel,
+    KernelOutput,
+    additive_mask,
+    aligned,
+    choose_kernel,
+    clear_kernel,
+)
 from backprompt.forest.plan import Call, Pass
 from backprompt.forest.steps import kept, later, places_of
 from backprompt.transfers import on_device
@@ -95,7 +103,9 @@ class _Masked:
     @property
     def seen(self) -> Tensor | None:
         """The mask of the keys."""
-        return None if self.mask is None else self.mask[:, : self.keys.stop - self.keys.start]
+        if self.mask is None or not self.last_stop:
+            return self.mask
+        return self.mask[:, : self.keys.stop - self.keys.start]
 
     def advance(self) -> None:
         """Let the growing rows see one key more."""
@@ -167,21 +177,25 @@ class PreparedCalls:
         kernel = self._attention.kernel_for(query, key, value)
         if scoring.softcap is not None:
             kernel = partial(clear_kernel, softcap=scoring.softcap)
-        joined = Joined(query, value)
-        for masked in self._calls(query, scoring.window):
+
+        def result_of(masked: _Masked) -> KernelOutput:
             call = masked.call
             if call.block is None:
                 keys, values = key[:, masked.keys], value[:, masked.keys]
             else:
-                block = cast(Layers, call.block)  # the plan does not read blocks
-                keys, values = block.layer(layer_idx, masked.keys)
-            output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.seen)
-            if call.is_own:
-                joined.start_with(call.rows, output, lse)
+                keys, values = cast(Layers, call.block).layer(layer_idx, masked.keys)  # the plan does not read blocks
+            return kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.seen)
+
+        calls = self._calls(query, scoring.window)
+        joined = Joined.of([result_of(masked) for masked in calls if masked.call.is_own])
+        for masked in calls:
+            if masked.call.is_own:
                 continue
+            output, lse = result_of(masked)
             if masked.blind is not None:
                 output, lse = output.masked_fill(masked.blind[..., None], 0), lse.masked_fill(masked.blind, -math.inf)
-            joined.add(call.rows, output, lse + math.log(call.times) if call.times > 1 else lse)
+            times = masked.call.times
+            joined.add(masked.call.rows, output, lse + math.log(times) if times > 1 else lse)
         return joined.result(scoring.sinks)
 
     def _calls(self, query: Tensor, window: int | None) -> list[_Masked]:
@@ -272,14 +286,23 @@ def _shifted(piece: slice, by: int) -> slice:
 
 
 class Joined:
-    """The running join of partial results; float32 unless the model computes in float64."""
+    """The running join of partial results, `(tokens, heads, value_dim)` and `(tokens, heads)`, in float32 at least."""
 
-    def __init__(self, query: Tensor, value: Tensor) -> None:
+    def __init__(self, output: Tensor, lse: Tensor) -> None:
+        self._dtype = output.dtype
+        accumulate = torch.promote_types(output.dtype, torch.float32)
+        self._output, self.lse = output.to(accumulate), lse.to(accumulate)
+
+    @classmethod
+    def of(cls, parts: Sequence[KernelOutput]) -> Joined:
+        """Return the first partial results of all rows, in the order of the rows."""
+        return cls(*(each[0].contiguous() if len(each) == 1 else torch.cat(each) for each in zip(*parts, strict=True)))
+
+    @classmethod
+    def empty(cls, query: Tensor, value: Tensor) -> Joined:
+        """Return a join without results; each row needs a first one."""
         heads, tokens, _ = query.shape
-        self._dtype = query.dtype
-        accumulate = torch.promote_types(query.dtype, torch.float32)
-        self._output = torch.empty((tokens, heads, value.shape[-1]), dtype=accumulate, device=query.device)
-        self.lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
+        return cls(query.new_empty((tokens, heads, value.shape[-1])), query.new_empty((tokens, heads)))
 
     def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Set the first partial result of these rows."""

@@ -79,7 +79,7 @@ def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None)
 def _flash_cpu_kernel(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool, mask: Tensor | None
 ) -> KernelOutput:
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query[None],
         key[None],
         value[None],

@@ -403,9 +403,11 @@ class Executor:
         in_flight = self._in_flight
         assert in_flight is not None, "attention outside of Executor.forward"
         scoring = in_flight.scoring(query, attention_mask, **keywords)
-        layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
+        query = query[0]
+        copies = in_flight.copies.of(query, key[0], value[0])
+        layer_idx = in_flight.add_layer(*copies)
         kernel_before = self.kernel_name
-        output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
+        output = in_flight.attention.attend(layer_idx, query, *copies, scoring)
         if self.kernel_name != kernel_before:
             logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
