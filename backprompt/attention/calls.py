@@ -147,14 +147,12 @@ class PreparedCalls:
         self._pass = pass_
         self._steps_left = num_steps
         self._num_done = 0
-        self._positions: Ints | None = None  # of the rows
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
         """Advance to the next step; see `PreparedAttention.advance`."""
         self._num_done += 1
         self._steps_left -= 1
-        self._positions = None
         self._prepared = {key: calls for key, calls in self._prepared.items() if key[0] is None}
         if rows is not None:
             self._keep(rows)
@@ -204,12 +202,16 @@ class PreparedCalls:
         if key not in self._prepared:
             planned = later(self._pass, self._num_done) if self._num_done else self._pass
             calls = planned.calls(window, multiplications_a_pair)
+            positions = np.array([] if window is None else planned.positions, dtype=np.int64)
             known: dict[bytes, Tensor] = {}  # fans of one shape have one mask
-            self._prepared[key] = [self._masked(call, query, known) for call in calls]
+            self._prepared[key] = [self._masked(call, query, positions, known) for call in calls]
         return self._prepared[key]
 
-    def _masked(self, call: Call, query: Tensor, known: dict[bytes, Tensor]) -> _Masked:
-        """Return a call with its mask; `known`: the masks of trees of rows, which other calls may share."""
+    def _masked(self, call: Call, query: Tensor, positions: Ints, known: dict[bytes, Tensor]) -> _Masked:
+        """Return a call with its mask.
+
+        `positions`: those of the rows of the pass, for a window. `known`: masks of trees of rows, shared by equal trees.
+        """
         last_stop = max((segment.key_stop for segment in call.segments if segment.grows), default=0)
         if not call.needs_mask:
             return _Masked(call, call.keys, last_stop=last_stop)
@@ -220,9 +222,7 @@ class PreparedCalls:
                 visible = on_device(_visible_tree(until), query.device)
                 mask = known[until.tobytes()] = additive_mask(visible, query.dtype)
             return _Masked(call, call.keys, mask)
-        if self._positions is None:
-            self._positions = np.array(self._pass.positions)
-        seen = _visible(call, self._positions)
+        seen = _visible(call, positions)
         visible, sees_some = on_device(seen, query.device), seen.max(axis=1, keepdims=True)
         blind = None if call.is_own or sees_some.all() else on_device(~sees_some, query.device)
         if call.window is not None or not last_stop:

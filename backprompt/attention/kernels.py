@@ -29,10 +29,11 @@ class Kernel(Protocol):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; its rows are `aligned`."""
+    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; on CUDA its rows are `aligned`."""
     rows, keys = visible.shape
-    mask = torch.zeros((rows, -(-keys // 16) * 16), dtype=dtype, device=visible.device)[:, :keys]
-    return mask.masked_fill_(~visible, -math.inf)
+    width = -(-keys // 16) * 16 if visible.is_cuda else keys
+    mask = torch.full((rows, width), -math.inf, dtype=dtype, device=visible.device)[:, :keys]
+    return mask.masked_fill_(visible, 0)
 
 
 def aligned(mask: Tensor) -> Tensor:

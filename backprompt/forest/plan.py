@@ -172,7 +172,7 @@ class Pass:
             multiplications_a_pair: the number of products for a pair of a row and a key: heads times head_dim.
 
         """
-        positions = self.positions
+        positions = [] if window is None else self.positions
         own = [call for segment in self.segments if segment.is_own for call in _own_calls(segment, window)]
         others = [
             call

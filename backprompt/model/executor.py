@@ -323,7 +323,8 @@ class Executor:
             attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
         )
         try:
-            hidden = run_body(self._body, inputs)
+            with torch.inference_mode():
+                hidden = run_body(self._body, inputs)
         finally:
             self._in_flight = None
         if not in_flight.keys:
@@ -404,10 +405,12 @@ class Executor:
         assert in_flight is not None, "attention outside of Executor.forward"
         scoring = in_flight.scoring(query, attention_mask, **keywords)
         query = query[0]
-        copies = in_flight.copies.of(query, key[0], value[0])
-        layer_idx = in_flight.add_layer(*copies)
-        kernel_before = self.kernel_name
-        output = in_flight.attention.attend(layer_idx, query, *copies, scoring)
+        with torch.inference_mode(False):  # keys and values that are kept are plain tensors
+            torch._C._set_grad_enabled(False)  # for as long as this context lasts
+            copies = in_flight.copies.of(query, key[0], value[0])
+            layer_idx = in_flight.add_layer(*copies)
+            kernel_before = self.kernel_name
+            output = in_flight.attention.attend(layer_idx, query, *copies, scoring)
         if self.kernel_name != kernel_before:
             logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
