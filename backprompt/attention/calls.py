@@ -210,7 +210,7 @@ class PreparedCalls:
     def _masked(self, call: Call, query: Tensor, positions: Ints, known: dict[bytes, Tensor]) -> _Masked:
         """Return a call with its mask.
 
-        `positions`: those of the rows of the pass, for a window. `known`: masks of trees of rows, shared by equal trees.
+        `positions`: those of the rows of the pass, for a window. `known`: the masks of trees of rows, for equal trees.
         """
         last_stop = max((segment.key_stop for segment in call.segments if segment.grows), default=0)
         if not call.needs_mask:

@@ -29,7 +29,7 @@ class Kernel(Protocol):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; on CUDA its rows are `aligned`."""
+    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; `aligned` on CUDA."""
     rows, keys = visible.shape
     width = -(-keys // 16) * 16 if visible.is_cuda else keys
     mask = torch.full((rows, width), -math.inf, dtype=dtype, device=visible.device)[:, :keys]
