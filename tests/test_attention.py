@@ -68,7 +68,7 @@ def test_partial_results_join_to_attention_over_all_keys(part_of_key: list[int],
     num_keys = len(part_of_key)
     tensors = draw(4, 5, 8, seed=0), draw(2, num_keys, 8, seed=1), draw(2, num_keys, 6, seed=2)
     query, key, value = (tensor.to(dtype) for tensor in tensors)
-    joined, rows = calls.Joined(query, value), slice(0, 5)
+    joined, rows = calls.Joined.empty(query, value), slice(0, 5)
     for i, part in enumerate(dict.fromkeys(part_of_key)):
         keys = [idx for idx, other in enumerate(part_of_key) if other == part]
         partial_result = clear_kernel(query, key[:, keys], value[:, keys], 0.4, False, None)

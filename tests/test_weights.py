@@ -467,6 +467,14 @@ def test_hostile_surroundings_change_nothing(family, surroundings, inside, token
     assert not any(tensor.is_inference() or tensor.requires_grad for result in read(texts) for tensor in result)
 
 
+def test_rows_that_are_held_are_plain_tensors(tokenizer):
+    lm = LM(FAMILIES["llama"]().eval(), tokenizer)
+    evaluate(forest(lm))
+    held = [tensor for block in lm.session.evaluator.memory.blocks for tensor in block.tensors.values()]
+    assert held
+    assert not any(tensor.is_inference() for tensor in held)
+
+
 # P7: changes are noticed
 
 

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from backprompt.attention.base import Scoring
-from backprompt.attention.kernels import ChosenKernel, Kernel, additive_mask, aligned, choose_kernel, clear_kernel
+from backprompt.attention.kernels import (
+    ChosenKernel,
+    Kernel,
+    KernelOutput,
+    additive_mask,
+    aligned,
+    choose_kernel,
+    clear_kernel,
+)
 from backprompt.forest.plan import Call, Pass
 from backprompt.forest.steps import kept, later, places_of
 from backprompt.transfers import on_device
@@ -95,7 +103,9 @@ class _Masked:
     @property
     def seen(self) -> Tensor | None:
         """The mask of the keys."""
-        return None if self.mask is None else self.mask[:, : self.keys.stop - self.keys.start]
+        if self.mask is None or not self.last_stop:
+            return self.mask
+        return self.mask[:, : self.keys.stop - self.keys.start]
 
     def advance(self) -> None:
         """Let the growing rows see one key more."""
@@ -137,14 +147,12 @@ class PreparedCalls:
         self._pass = pass_
         self._steps_left = num_steps
         self._num_done = 0
-        self._positions: Ints | None = None  # of the rows
         self._prepared: dict[tuple[int | None, int, torch.dtype], list[_Masked]] = {}
 
     def advance(self, rows: Sequence[int] | None = None) -> None:
         """Advance to the next step; see `PreparedAttention.advance`."""
         self._num_done += 1
         self._steps_left -= 1
-        self._positions = None
         self._prepared = {key: calls for key, calls in self._prepared.items() if key[0] is None}
         if rows is not None:
             self._keep(rows)
@@ -167,21 +175,25 @@ class PreparedCalls:
         kernel = self._attention.kernel_for(query, key, value)
         if scoring.softcap is not None:
             kernel = partial(clear_kernel, softcap=scoring.softcap)
-        joined = Joined(query, value)
-        for masked in self._calls(query, scoring.window):
+
+        def result_of(masked: _Masked) -> KernelOutput:
             call = masked.call
             if call.block is None:
                 keys, values = key[:, masked.keys], value[:, masked.keys]
             else:
-                block = cast(Layers, call.block)  # the plan does not read blocks
-                keys, values = block.layer(layer_idx, masked.keys)
-            output, lse = kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.seen)
-            if call.is_own:
-                joined.start_with(call.rows, output, lse)
+                keys, values = cast(Layers, call.block).layer(layer_idx, masked.keys)  # the plan does not read blocks
+            return kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.seen)
+
+        calls = self._calls(query, scoring.window)
+        joined = Joined.of([result_of(masked) for masked in calls if masked.call.is_own])
+        for masked in calls:
+            if masked.call.is_own:
                 continue
+            output, lse = result_of(masked)
             if masked.blind is not None:
                 output, lse = output.masked_fill(masked.blind[..., None], 0), lse.masked_fill(masked.blind, -math.inf)
-            joined.add(call.rows, output, lse + math.log(call.times) if call.times > 1 else lse)
+            times = masked.call.times
+            joined.add(masked.call.rows, output, lse + math.log(times) if times > 1 else lse)
         return joined.result(scoring.sinks)
 
     def _calls(self, query: Tensor, window: int | None) -> list[_Masked]:
@@ -190,12 +202,16 @@ class PreparedCalls:
         if key not in self._prepared:
             planned = later(self._pass, self._num_done) if self._num_done else self._pass
             calls = planned.calls(window, multiplications_a_pair)
+            positions = np.array([] if window is None else planned.positions, dtype=np.int64)
             known: dict[bytes, Tensor] = {}  # fans of one shape have one mask
-            self._prepared[key] = [self._masked(call, query, known) for call in calls]
+            self._prepared[key] = [self._masked(call, query, positions, known) for call in calls]
         return self._prepared[key]
 
-    def _masked(self, call: Call, query: Tensor, known: dict[bytes, Tensor]) -> _Masked:
-        """Return a call with its mask; `known`: the masks of trees of rows, which other calls may share."""
+    def _masked(self, call: Call, query: Tensor, positions: Ints, known: dict[bytes, Tensor]) -> _Masked:
+        """Return a call with its mask.
+
+        `positions`: those of the rows of the pass, for a window. `known`: the masks of trees of rows, for equal trees.
+        """
         last_stop = max((segment.key_stop for segment in call.segments if segment.grows), default=0)
         if not call.needs_mask:
             return _Masked(call, call.keys, last_stop=last_stop)
@@ -206,9 +222,7 @@ class PreparedCalls:
                 visible = on_device(_visible_tree(until), query.device)
                 mask = known[until.tobytes()] = additive_mask(visible, query.dtype)
             return _Masked(call, call.keys, mask)
-        if self._positions is None:
-            self._positions = np.array(self._pass.positions)
-        seen = _visible(call, self._positions)
+        seen = _visible(call, positions)
         visible, sees_some = on_device(seen, query.device), seen.max(axis=1, keepdims=True)
         blind = None if call.is_own or sees_some.all() else on_device(~sees_some, query.device)
         if call.window is not None or not last_stop:
@@ -272,14 +286,23 @@ def _shifted(piece: slice, by: int) -> slice:
 
 
 class Joined:
-    """The running join of partial results; float32 unless the model computes in float64."""
+    """The running join of partial results, `(tokens, heads, value_dim)` and `(tokens, heads)`, in float32 at least."""
 
-    def __init__(self, query: Tensor, value: Tensor) -> None:
+    def __init__(self, output: Tensor, lse: Tensor) -> None:
+        self._dtype = output.dtype
+        accumulate = torch.promote_types(output.dtype, torch.float32)
+        self._output, self.lse = output.to(accumulate), lse.to(accumulate)
+
+    @classmethod
+    def of(cls, parts: Sequence[KernelOutput]) -> Joined:
+        """Return the first partial results of all rows, in the order of the rows."""
+        return cls(*(each[0].contiguous() if len(each) == 1 else torch.cat(each) for each in zip(*parts, strict=True)))
+
+    @classmethod
+    def empty(cls, query: Tensor, value: Tensor) -> Joined:
+        """Return a join without results; each row needs a first one."""
         heads, tokens, _ = query.shape
-        self._dtype = query.dtype
-        accumulate = torch.promote_types(query.dtype, torch.float32)
-        self._output = torch.empty((tokens, heads, value.shape[-1]), dtype=accumulate, device=query.device)
-        self.lse = torch.empty((tokens, heads), dtype=accumulate, device=query.device)
+        return cls(query.new_empty((tokens, heads, value.shape[-1])), query.new_empty((tokens, heads)))
 
     def start_with(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Set the first partial result of these rows."""

@@ -35,8 +35,9 @@ class PlainCopies:
 
     def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `Copies`."""
-        self._extremes += (*query.aminmax(), *key.aminmax())
-        return _copy(key), _copy(value)
+        copies = _copy(key), _copy(value)
+        self._extremes += (*query.aminmax(), *copies[0].aminmax())
+        return copies
 
     def are_finite(self) -> Tensor:
         """See `Copies`."""
@@ -44,4 +45,4 @@ class PlainCopies:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format)

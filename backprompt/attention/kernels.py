@@ -29,10 +29,11 @@ class Kernel(Protocol):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; its rows are `aligned`."""
+    """Return a mask of 0 where `visible`, `(rows, keys)`, is true and -inf elsewhere; `aligned` on CUDA."""
     rows, keys = visible.shape
-    mask = torch.zeros((rows, -(-keys // 16) * 16), dtype=dtype, device=visible.device)[:, :keys]
-    return mask.masked_fill_(~visible, -math.inf)
+    width = -(-keys // 16) * 16 if visible.is_cuda else keys
+    mask = torch.full((rows, width), -math.inf, dtype=dtype, device=visible.device)[:, :keys]
+    return mask.masked_fill_(visible, 0)
 
 
 def aligned(mask: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None)
 def _flash_cpu_kernel(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool, mask: Tensor | None
 ) -> KernelOutput:
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query[None],
         key[None],
         value[None],

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, chain
 
 from backprompt.forest.fan import Fan
@@ -85,7 +86,7 @@ class KeySegment:
         return self.block is None and self.key_start == self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One kernel call: `rows` of the pass against `keys` of a block, or of the pass itself if `block` is None.
 
@@ -101,27 +102,27 @@ class Call:
     segments: tuple[KeySegment, ...]
     window: int | None
 
-    @property
+    @cached_property
     def is_own(self) -> bool:
         """Whether rows see each other; each row has exactly one such call, and its other calls are joined to it."""
         return self.segments[0].is_own
 
-    @property
+    @cached_property
     def times(self) -> int:
         """How often each key counts."""
         return self.segments[0].times
 
-    @property
+    @cached_property
     def needs_mask(self) -> bool:
         """Whether some row sees only a part of the keys, in another way than causally."""
         return len(self.segments) > 1 or self.window is not None or self.segments[0].visible_until is not None
 
-    @property
+    @cached_property
     def is_causal(self) -> bool:
         """Whether row i sees keys 0 to i, without a mask."""
         return self.is_own and not self.needs_mask
 
-    @property
+    @cached_property
     def num_pairs(self) -> int:
         """The number of pairs of a row and a key that the kernel multiplies."""
         num_rows: int = self.rows.stop - self.rows.start
@@ -171,7 +172,7 @@ class Pass:
             multiplications_a_pair: the number of products for a pair of a row and a key: heads times head_dim.
 
         """
-        positions = self.positions
+        positions = [] if window is None else self.positions
         own = [call for segment in self.segments if segment.is_own for call in _own_calls(segment, window)]
         others = [
             call

@@ -30,7 +30,7 @@ from backprompt.forest.fan import without_fans
 from backprompt.forest.plan import Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
-from backprompt.memory.blocks import BlockRows, KeysValues, States
+from backprompt.memory.blocks import BlockRows, BlockType, KeysValues, States
 from backprompt.memory.layout import Layout
 from backprompt.memory.places import Places
 from backprompt.model import skeleton, spread
@@ -179,26 +179,18 @@ class Executor:
         keys_values, hidden = forwarded.keys_values, forwarded.hidden
         if not forwarded.is_finite:
             raise self._error_of(pass_, hidden)
-        slices = pass_.slices
-        new = [(span, rows) for span, rows in zip(pass_.spans, slices, strict=True) if not span.is_held()]
+        new = [span for span in pass_.spans if not span.is_held()]
+        states: States | None = None
         if len(new) == len(pass_.spans):
-            states: States | None = States.of(hidden)
-        else:
-            states = States.of_rows(hidden, [rows for _, rows in new]) if new else None
-        keys_values_of = {
-            span: BlockRows(keys_values, rows.start, rows.stop) for span, rows in zip(pass_.spans, slices, strict=True)
-        }
-        states_of: dict[Span, BlockRows[States]] = {}
-        start = 0
-        for span, _ in new:
-            assert states is not None
-            stop = start + len(span.token_ids)
-            states_of[span] = BlockRows(states, start, stop)
-            start = stop
+            states = States.of(hidden)
+        elif new:
+            rows_of = dict(zip(pass_.spans, pass_.slices, strict=True))
+            states = States.of_rows(hidden, [rows_of[span] for span in new])
         if self.layout is None:
             sample = States.of_rows(hidden, [slice(0, 1)])
             self.know_rows(Layout.of(keys_values, sample), keys_values.row_bytes + sample.num_bytes)
-        return Computed(keys_values, states, keys_values_of, states_of, forwarded.work)
+        states_of = {} if states is None else _in_rows_of(states, new)
+        return Computed(keys_values, states, _in_rows_of(keys_values, pass_.spans), states_of, forwarded.work)
 
     def know_rows(self, layout: Layout, token_bytes: int) -> None:
         """Take over the layout of rows, and the bytes of a token, from a pass of a model with the same parts."""
@@ -287,7 +279,8 @@ class Executor:
             attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
         )
         try:
-            hidden = run_body(self._body, inputs)
+            with torch.inference_mode():
+                hidden = run_body(self._body, inputs)
         finally:
             self._in_flight = None
         if not in_flight.keys:
@@ -367,9 +360,13 @@ class Executor:
         in_flight = self._in_flight
         assert in_flight is not None, "attention outside of Executor.forward"
         scoring = in_flight.scoring(query, attention_mask, **keywords)
-        layer_idx = in_flight.add_layer(*in_flight.copies.of(query[0], key[0], value[0]))
-        kernel_before = self.kernel_name
-        output = in_flight.attention.attend(layer_idx, query[0], in_flight.keys[-1], in_flight.values[-1], scoring)
+        query = query[0]
+        with torch.inference_mode(False):  # keys and values that are kept are plain tensors
+            torch._C._set_grad_enabled(False)  # for as long as this context lasts
+            copies = in_flight.copies.of(query, key[0], value[0])
+            layer_idx = in_flight.add_layer(*copies)
+            kernel_before = self.kernel_name
+            output = in_flight.attention.attend(layer_idx, query, *copies, scoring)
         if self.kernel_name != kernel_before:
             logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
@@ -384,6 +381,12 @@ class Executor:
 def _inputs(ids: Ints, positions: Sequence[int], device: torch.device) -> Tensor:
     """Return token ids without their adapters, and positions, `(2, tokens)`."""
     return on_device(np.array([plain_array(ids), positions], dtype=np.int64), device)
+
+
+def _in_rows_of(block: BlockType, spans: Sequence[Span]) -> dict[Span, BlockRows[BlockType]]:
+    """Return the rows of each span; the block holds the spans' rows one behind the other."""
+    stops = itertools.accumulate(len(span.token_ids) for span in spans)
+    return {span: BlockRows(block, stop - len(span.token_ids), stop) for span, stop in zip(spans, stops, strict=True)}
 
 
 def _register(name: str, executor: Executor) -> None:

@@ -160,7 +160,7 @@ class _Attend(torch.autograd.Function):
         calls: list[_Call],
         pair: Pair,
     ) -> Tensor:
-        joined = Joined(query, value)
+        joined = Joined.empty(query, value)
         with _without_autocast(query.device):
             if not all(call.is_first for call in calls[:1]):
                 joined.start_with(slice(None), value.new_zeros(()), value.new_full((), _NOTHING, dtype=torch.float32))
