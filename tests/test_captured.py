@@ -501,7 +501,7 @@ def test_graphs_make_room_for_a_pass(model: Any, tokenizer: Any, monkeypatch: py
         calls.append(bool(executor.steps.graphs))
         if executor.steps.graphs or len(calls) > 2:
             raise torch.OutOfMemoryError
-        return run(*args)
+        return run(*args, **options)
 
     monkeypatch.setattr(executor, "run", short_of_memory)
     text = Text("Hello", lm)

@@ -245,7 +245,8 @@ class Executor:
         positions = pass_.positions
         prepared = self._attention.prepare(pass_) if attention is None else attention
         with self._adapted.under(number_of(ids)):
-            in_flight, hidden = self.run(_inputs(ids, positions, self._input_device), prepared, max(positions))
+            inputs = _inputs(ids, positions, self._input_device)
+            in_flight, hidden = self.run(inputs, prepared, max(positions), in_inference_mode=True)
         are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
@@ -265,7 +266,12 @@ class Executor:
             self.steps.forget()
 
     def run(
-        self, inputs: Tensor, attention: PreparedAttention | StandingAttention, max_position: int
+        self,
+        inputs: Tensor,
+        attention: PreparedAttention | StandingAttention,
+        max_position: int,
+        *,
+        in_inference_mode: bool = False,
     ) -> tuple[InFlight, Tensor]:
         """Run the model's body; return its keys and values, and the final hidden states, `(tokens, hidden)`.
 
@@ -273,13 +279,15 @@ class Executor:
             inputs: token ids and positions, `(2, tokens)`.
             attention: the attention of the pass.
             max_position: the largest of the positions.
+            in_inference_mode: whether to run the body in torch's inference mode, which takes the host less time. This
+                mode hides some operations from the checks of a recording.
 
         """
         in_flight = self._in_flight = InFlight(
             attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
         )
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(in_inference_mode):
                 hidden = run_body(self._body, inputs)
         finally:
             self._in_flight = None
