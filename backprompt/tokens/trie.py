@@ -164,17 +164,22 @@ class TrieNode:
         return node
 
     def _extended(self, segment: Leaf, tail: str, pieces: _Pieces, split: bool) -> TrieNode:
-        settled_tail = (_Piece(tail, self.is_continuation),) if tail else ()
+        settled = (_Piece(tail, self.is_continuation),) if tail else ()
         if not isinstance(segment, str):
-            return TrieNode(self, (*settled_tail, segment), is_continuation=True)
+            return TrieNode(self, (*settled, segment), is_continuation=True)
         if split:
-            return TrieNode(self, settled_tail, segment, is_continuation=self.is_continuation or bool(tail))
-        longer = tail + segment
-        cut = pieces.tokenizer.cut(longer, len(tail) - 1)  # the tail was searched already
-        if cut == 0:
+            return TrieNode(self, settled, segment, is_continuation=self.is_continuation or bool(tail))
+        cut = pieces.tokenizer.cut
+        if tail and cut(tail[-1] + segment[:2]):  # at the join, for many texts may have the same part on either side
+            string, start = segment, 0
+        else:
+            settled, string, start = (), tail + segment, len(tail) - 1  # the tail was searched already
+        place = cut(string, start)
+        if place:
+            settled = (*settled, _Piece(string[:place], self.is_continuation))
+        elif not settled:
             return TrieNode(self, (), segment, begins_tail=False, is_continuation=self.is_continuation)
-        piece = _Piece(longer[:cut], self.is_continuation)
-        return TrieNode(self, (piece,), longer[cut:], is_continuation=self.is_continuation)
+        return TrieNode(self, settled, string[place:], is_continuation=self.is_continuation)
 
     def tail(self) -> str:
         """Return the last part of the text that ends here: the string whose tokens may still change."""
