@@ -51,7 +51,8 @@ class Reading:
         self._numbers: list[Ints] = []  # of all scores in order, up to the runs below
         self._starts: list[int] = []  # runs of numbers, one text behind the other
         self._stops: list[int] = []
-        self._first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
+        self._firsts: dict[Span, int] = {}  # the number of the first row of each span that holds wanted tokens
+        self._first_rows: dict[Span, int] = {}  # the first wanted row of each
         self._fans: dict[Fan, Ints] = {}  # with the number of the score of each row, then of each leaf
         self._candidates: dict[tuple[Span, int], int] = {}  # their numbers
         self._held: list[
@@ -70,10 +71,9 @@ class Reading:
     def _add_text(self, text: Wanted, end: Span) -> int:
         num_scores = len(text.candidates)
         for span, first_row in spans_from(self._forest, end, text.token_ids, text.start):
-            first, num_tokens = self.rows.first_of(span), len(span.token_ids)
+            first, num_tokens = self._want(span, first_row), len(span.token_ids)
             self._starts.append(first + first_row)
             self._stops.append(first + num_tokens)
-            self._want(span, first_row)
             num_scores += num_tokens - first_row
         for token_id in text.candidates:
             number = self._number_of(end, token_id)
@@ -182,10 +182,15 @@ class Reading:
         for token_id in item.candidates:
             yield self._number_of(end, token_id), partial(ids_up_to, end)
 
-    def _want(self, span: Span, first_row: int) -> None:
-        known = self._first_rows.get(span)
-        if known is None or first_row < known:
+    def _want(self, span: Span, first_row: int) -> int:
+        """Add a span's tokens from a row on; return the number of its first row."""
+        first = self._firsts.get(span)
+        if first is None:
+            first = self._firsts[span] = self.rows.first_of(span)
             self._first_rows[span] = first_row
+        elif first_row < self._first_rows[span]:
+            self._first_rows[span] = first_row
+        return first
 
     def _number_of(self, end: Span, token_id: int) -> int:
         number = self._candidates.get((end, token_id))
@@ -213,7 +218,7 @@ class Reading:
         """
         wanted = list(self._first_rows.items())
         first_rows = np.fromiter(self._first_rows.values(), dtype=np.int64, count=len(wanted))
-        firsts = np.array([self.rows.first_of(span) for span in self._first_rows], dtype=np.int64)
+        firsts = np.fromiter(self._firsts.values(), dtype=np.int64, count=len(wanted))
         stops = firsts + np.array([len(span.token_ids) for span in self._first_rows], dtype=np.int64)
         are_scored = self.rows.are_scored()
         num_scored = np.append(0, np.cumsum(are_scored))
@@ -250,7 +255,7 @@ def spans_from(forest: Forest, end: Span, token_ids: TokenIds, start: int) -> li
         return spans
     span = end
     while span.parent is not None and span.position + len(span.token_ids) > start:
-        spans.append((span, max(0, start - span.position)))
+        spans.append((span, start - span.position if start > span.position else 0))
         span = span.parent
     spans.reverse()
     return spans
