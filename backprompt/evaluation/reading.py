@@ -112,16 +112,17 @@ class Reading:
         for fan in dict(self._fans):
             by_shape.setdefault(fan.shape, []).append(fan)
         for shape, fans in by_shape.items():
-            first_rows = np.array([self.rows.first_of(fan) for fan in fans])
+            rows = np.array([self.rows.first_of(fan) for fan in fans])[:, None] + np.arange(shape.num_rows)
             leaves = np.arange(self._num_candidates, self._num_candidates + len(fans) * shape.num_leaves)
             self._num_candidates += len(leaves)
-            self._alike.append(_AlikeFans(shape, fans, first_rows, leaves.reshape(len(fans), -1)))
+            numbers = np.concatenate([rows, -1 - leaves.reshape(len(fans), -1)], axis=1)
+            self._alike.append(_AlikeFans(shape, fans, numbers))
 
     def _add_fans(self, alike: _AlikeFans, predictions: Predictions) -> None:
         """Add the tokens of fans to the predictions to compute, without leaves that were scored before."""
         scores, numbers = alike.shape.scores, alike.numbers
         ends = np.array([self.rows.last_of(fan.parent) for fan in alike.fans if fan.parent is not None])
-        predicting = np.where(scores.parents < 0, ends[:, None], alike.first_rows[:, None] + scores.parents)
+        predicting = np.where(scores.parents < 0, ends[:, None], numbers[:, :1] + scores.parents)
         is_left = np.ones(numbers.shape, dtype=bool)
         for idx, fan in enumerate(alike.fans):
             known = self._pools.leaves.get(fan)
@@ -148,8 +149,9 @@ class Reading:
 
     def keep_leaves(self) -> None:
         """Put the scores of all leaves into their pool; all of them must have been computed."""
-        for _, fans, _, leaves in self._alike:
-            for fan, logprobs, are_argmax in zip(fans, self._logprobs[leaves], self._are_argmax[leaves], strict=True):
+        for alike in self._alike:
+            found = self._logprobs[alike.leaves], self._are_argmax[alike.leaves]
+            for fan, logprobs, are_argmax in zip(alike.fans, *found, strict=True):
                 self._pools.leaves.put(fan, LeafScores(logprobs.copy(), are_argmax.copy()))
 
     def scores(self, dtype: torch.dtype, device: torch.device) -> TokenScores:
@@ -242,21 +244,18 @@ class _AlikeFans(NamedTuple):
     Attributes:
         shape: their shape.
         fans: the fans.
-        first_rows: the number of each fan's first row, `(fans,)`.
-        leaves: the places of the scores of each fan's leaves among those of candidates, `(fans, leaves)`.
+        numbers: the numbers of the scores of each fan's rows, then of its leaves, `(fans, rows + leaves)`.
 
     """
 
     shape: Shape
     fans: list[Fan]
-    first_rows: Ints
-    leaves: Ints
+    numbers: Ints
 
     @property
-    def numbers(self) -> Ints:
-        """The numbers of the scores of each fan's rows, then of its leaves, `(fans, rows + leaves)`."""
-        rows = self.first_rows[:, None] + np.arange(self.shape.num_rows)
-        return np.concatenate([rows, -1 - self.leaves], axis=1)
+    def leaves(self) -> Ints:
+        """The places of the scores of each fan's leaves among those of candidates, `(fans, leaves)`."""
+        return -1 - self.numbers[:, self.shape.num_rows :]
 
     @property
     def of_scores(self) -> Ints:
