@@ -11,7 +11,7 @@ from backprompt.errors import MixedModelsError, TextTypeError
 from backprompt.lm import LM
 from backprompt.session.representation import ModelRepr
 from backprompt.text.checks import as_texts, engine_of
-from backprompt.text.engine import as_engine
+from backprompt.text.engine import Engine, as_engine
 from backprompt.text.node import Text
 from backprompt.text.questions import bound_engine
 
@@ -44,11 +44,12 @@ def evaluate(texts: Text | Iterable[Text], *, show_progress_bar: bool | None = N
     if isinstance(texts, Text):
         return bound_lm(texts, "a representation").evaluate([texts], show_progress_bar=show_progress_bar)[0]
     listed = as_texts(texts, "evaluate")
-    by_lm: dict[LM, list[int]] = {}
+    by_engine: dict[Engine[Text] | None, list[int]] = {}
     for idx, text in enumerate(listed):
-        by_lm.setdefault(lm_of(text, idx), []).append(idx)
+        by_engine.setdefault(text.lm, []).append(idx)
+    by_lm = [(lm_of(listed[indices[0]], indices[0]), indices) for indices in by_engine.values()]
     reprs: dict[int, ModelRepr] = {}
-    for lm, indices in by_lm.items():
+    for lm, indices in by_lm:
         own = [listed[idx] for idx in indices]
         reprs.update(zip(indices, lm.evaluate(own, show_progress_bar=show_progress_bar), strict=True))
     return [reprs[idx] for idx in range(len(listed))]

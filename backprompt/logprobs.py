@@ -33,27 +33,18 @@ def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, T
 
     """
     values = logits.to(logprob_dtype(logits.dtype))
-    if logits.device.type == "cpu":
-        largest = values.amax(dim=-1)  # NaN where a row has one
-        is_argmax = _are_argmax(values.float(), largest.float(), row_idx, token_ids)
-    else:
-        largest, argmax = values.max(dim=-1)
-        if values.dtype != torch.float32:
-            argmax = values.float().argmax(dim=-1)
-        is_argmax = argmax[row_idx] == token_ids
-    return values.log_softmax(dim=-1)[row_idx, token_ids], largest.isfinite()[row_idx], is_argmax
+    logprobs = values.log_softmax(dim=-1)[row_idx, token_ids]
+    return logprobs, ~logprobs.isnan(), _argmax(values.float())[row_idx] == token_ids
 
 
-def _are_argmax(values: Tensor, largest: Tensor, row_idx: Tensor, token_ids: Tensor) -> Tensor:
-    """Return whether each token is the argmax of its row: the first value that equals the row's maximum, `largest`.
+def _argmax(values: Tensor) -> Tensor:
+    """Return the index of the first maximum of each row.
 
-    On the CPU an argmax takes eight times as long as a maximum, so it is computed only for tokens whose value is the
-    maximum, which are few.
+    On the CPU numpy takes a tenth of the time that torch takes.
     """
-    is_largest = values[row_idx, token_ids] == largest[row_idx]
-    rows, idx = torch.unique_consecutive(row_idx[is_largest], return_inverse=True)
-    is_largest[is_largest.clone()] = values[rows].argmax(dim=-1)[idx] == token_ids[is_largest]
-    return is_largest
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy().argmax(axis=-1))
+    return values.argmax(dim=-1)
 
 
 def are_distributions(logits: Tensor) -> Tensor:

@@ -316,7 +316,9 @@ def test_without_special_tokens(name, pieces):
 
 
 @pytest.mark.parametrize("name", CUTTABLE)
-@given(start=strings, between=st.sampled_from(["e c", "the cat", "x y z"]), end=strings, extension=strings)
+@given(
+    start=strings, between=st.sampled_from(["e c", "the cat", "x y z", ": c", "4 c"]), end=strings, extension=strings
+)
 @example(start="", between="e c", end="<|endoftext|>x", extension="")
 @example(start="", between="e c", end="<x> c", extension="")
 def test_a_cut_changes_no_ids_whatever_follows(name, start, between, end, extension):
@@ -329,6 +331,10 @@ def test_a_cut_changes_no_ids_whatever_follows(name, start, between, end, extens
         (left,) = private.encode([string[:cut]], is_continuation=is_continuation)
         (right,) = private.encode([string[cut:]], is_continuation=is_continuation)
         assert whole == left + right
+
+
+def test_no_cut_behind_a_token_that_swallows_the_space():
+    assert PRIVATE["added mark"].cut("<x> cat") == 0 < PRIVATE["byte_level_bpe"].cut("<x> cat")
 
 
 @pytest.mark.parametrize("name", NOT_CUTTABLE)
@@ -348,6 +354,16 @@ def test_encoding_leaves_passes_each_character_about_once(name):
     texts = [branch + leaf for branch in branches for leaf in leaves]
     Encoder(counting, "exact", add_special_tokens=True).encode(texts)
     assert len(context.string) < counting.num_characters <= 1.5 * sum(map(len, distinct_strings))
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_completions_that_prompts_share_are_encoded_once(name):
+    prompts = [f"the film was great.\nLabel {idx}:" for idx in range(10)]
+    completions = [f" {letter} cat" for letter in "abcdefgh"]
+    counting = CountingTokenizer(BUILDERS[name]())
+    texts = [text + completion for text in map(Text, prompts) for completion in completions]
+    Encoder(counting, "exact", add_special_tokens=True).encode(texts)
+    assert counting.num_characters <= len("".join(prompts + completions))
 
 
 class CountingTokenizer(PrivateTokenizer):

@@ -96,4 +96,4 @@ def common_lm(prompts: Iterable[Prompt], given: LM | tuple[Any, Any] | None) -> 
 
 def bound(prompt: Prompt, lm: LM) -> Text:
     """Return a prompt as a text of this `LM`."""
-    return Text("", lm) + prompt
+    return Text(prompt, lm) if isinstance(prompt, str) else Text("", lm) + prompt

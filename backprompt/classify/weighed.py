@@ -70,33 +70,35 @@ class WeighedCompletions:
             weighings = _common_weighings(pairs, options)
         return cls(pairs, weighings, options.show_progress_bar)
 
-    def weights(self) -> Iterator[Floats]:
-        """Yield, for each prompt, the weight of each completion, `(completions,)`."""
+    def weights(self) -> Iterator[tuple[Sequence[int], Weighing, Floats]]:
+        """Yield neighbouring prompts with common completions and weighing: their idxs, the weighing, and the weights.
+
+        The weights are those of each completion behind each prompt, `(prompts, completions)`.
+        """
         for block in self.pairs.scored(self.show_progress_bar):
             own = block.completions
             first = 0
-            for weighing, alike in itertools.groupby(block.prompt_idxs, key=self.weighings.__getitem__):
-                stop = first + len(list(alike))
-                weights = weighing.weights(own.lengths, block.logprobs[first:stop])
+            for weighing, group in itertools.groupby(block.prompt_idxs, key=self.weighings.__getitem__):
+                idxs = list(group)
+                weights = weighing.weights(own.lengths, block.logprobs[first : first + len(idxs)])
                 for idx in np.flatnonzero((weights == np.inf).any(axis=0)).tolist():
                     finite_weight(np.inf, own.strings[idx])
-                yield from weights
-                first = stop
+                yield idxs, weighing, weights
+                first += len(idxs)
 
     def probabilities(self) -> Iterator[Floats]:
         """Yield, for each prompt, the probability of each completion, `(completions,)`."""
-        for idx, weights in enumerate(self.weights()):
-            weighing = self.weighings[idx]
+        for idxs, weighing, weights in self.weights():
             if weighing.normalize:
-                self._check_possible(idx, weights.max())
-            yield weighing.probabilities(weights)
+                self._check_possible(idxs, weights)
+            yield from weighing.probabilities(weights)
 
     def exhaustive(self) -> list[int]:
         """Return, for each prompt, the idx of the completion with the highest weight; of equal weights, the first."""
-        best = []
-        for idx, weights in enumerate(self.weights()):
-            self._check_possible(idx, weights.max())
-            best.append(int(weights.argmax()))
+        best: list[int] = []
+        for idxs, _, weights in self.weights():
+            self._check_possible(idxs, weights)
+            best += weights.argmax(axis=-1).tolist()
         return best
 
     def best_first(self) -> list[int]:
@@ -115,7 +117,7 @@ class WeighedCompletions:
                     nodes = search.expand(max(1, NODES_AT_A_TIME * num_workers // len(live)))
                     expanded += [(idx, search, node) for node in nodes]
                     if not nodes:
-                        self._check_possible(idx, search.best_score)
+                        self._check_possible([idx], np.array([[search.best_score]]))
                         best[idx] = search.best_idx
                         del live[idx]
                         bar.update()
@@ -147,14 +149,14 @@ class WeighedCompletions:
                 score = _score_of(weighing, own)
             yield idx, Search(root, score)
 
-    def _check_possible(self, prompt_idx: int, best_weight: float) -> None:
-        """Raise if the best completion behind a prompt has probability 0.
+    def _check_possible(self, prompt_idxs: Sequence[int], weights: Floats) -> None:
+        """Raise if all completions behind a prompt have probability 0; `weights`: `(prompts, completions)`.
 
         Raises:
             NonFiniteError: the message names the prompt.
 
         """
-        if best_weight == -np.inf:
+        for prompt_idx in itertools.compress(prompt_idxs, weights.max(axis=-1) == -np.inf):
             raise NonFiniteError(
                 f"Each of the {len(self.pairs.completions[prompt_idx])} completions has probability 0 behind "
                 f"prompts[{prompt_idx}], {self.pairs.prompts[prompt_idx]!r}, so none of them is the most probable "

@@ -87,11 +87,11 @@ class Weighing:
         return np.where(is_excluded, -np.inf, weights + log_prior)
 
     def probabilities(self, weights: Floats) -> Floats:
-        """Return the probability of each completion, `(completions,)`: Bayes' rule, without underflow if normalized."""
+        """Return the probability of each completion, `(..., completions)`: Bayes' rule, no underflow if normalized."""
         if not self.normalize:
             return np.exp(weights)
-        probabilities: Floats = np.exp(weights - weights.max())
-        probabilities /= probabilities.sum()
+        probabilities: Floats = np.exp(weights - weights.max(axis=-1, keepdims=True))
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
         return probabilities
 
 

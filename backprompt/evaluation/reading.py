@@ -18,7 +18,7 @@ import torch
 from backprompt.evaluation.pools import LeafScores, Pools
 from backprompt.evaluation.predictions import Ints, NumberedRows, Predictions, held_child, ranges
 from backprompt.evaluation.scores import TokenScore, TokenScores
-from backprompt.forest.fan import Fan
+from backprompt.forest.fan import Fan, Shape
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import Inserted, Span
 from backprompt.tokens.graph import TokenGraph, TokenIds
@@ -48,11 +48,12 @@ class Reading:
         self._forest = forest
         self._pools = pools
         self.rows = NumberedRows()
-        self._numbers: list[Ints] = []  # of all scores in order, up to the runs below
         self._starts: list[int] = []  # runs of numbers, one text behind the other
         self._stops: list[int] = []
-        self._first_rows: dict[Span, int] = {}  # of each span that holds wanted tokens, the first of them
-        self._fans: dict[Fan, Ints] = {}  # with the number of the score of each row, then of each leaf
+        self._fans: list[tuple[Fan, int]] = []  # in the order of texts: each with the number of runs before it
+        self._alike: list[_AlikeFans] = []  # the distinct fans, once all texts are added
+        self._firsts: dict[Span, int] = {}  # the number of the first row of each span that holds wanted tokens
+        self._first_rows: dict[Span, int] = {}  # the first wanted row of each
         self._candidates: dict[tuple[Span, int], int] = {}  # their numbers
         self._held: list[
             tuple[Span, int]
@@ -65,41 +66,23 @@ class Reading:
 
     def add(self, item: Wanted | Fan, end: Span) -> int:
         """Add a text that ends here, or the completions of a fan; return the number of scores that are read of it."""
-        return self._add_fan(item) if isinstance(item, Fan) else self._add_text(item, end)
+        if isinstance(item, Fan):
+            self._fans.append((item, len(self._starts)))
+            return item.shape.num_scores
+        return self._add_text(item, end)
 
     def _add_text(self, text: Wanted, end: Span) -> int:
         num_scores = len(text.candidates)
         for span, first_row in spans_from(self._forest, end, text.token_ids, text.start):
-            first, num_tokens = self.rows.first_of(span), len(span.token_ids)
+            first, num_tokens = self._want(span, first_row), len(span.token_ids)
             self._starts.append(first + first_row)
             self._stops.append(first + num_tokens)
-            self._want(span, first_row)
             num_scores += num_tokens - first_row
         for token_id in text.candidates:
             number = self._number_of(end, token_id)
             self._starts.append(number)
             self._stops.append(number + 1)
         return num_scores
-
-    def _add_fan(self, fan: Fan) -> int:
-        shape = fan.shape
-        numbers = self._fans.get(fan)
-        if numbers is None:
-            first_row, first_leaf = self.rows.first_of(fan), -1 - self._num_candidates
-            rows = np.arange(first_row, first_row + shape.num_rows)
-            leaves = np.arange(first_leaf, first_leaf - shape.num_leaves, -1)
-            numbers = self._fans[fan] = np.concatenate([rows, leaves])
-            self._num_candidates += len(leaves)
-        self._end_runs()
-        self._numbers.append(numbers[shape.scores.index])
-        return shape.num_scores
-
-    def _end_runs(self) -> None:
-        """Add the numbers of the runs so far to those of all scores."""
-        if self._starts:
-            starts, stops = (np.array(bounds, dtype=np.int64) for bounds in (self._starts, self._stops))
-            self._numbers.append(ranges(starts, stops))
-            self._starts, self._stops = [], []
 
     def add_ahead(self, text: Inserted) -> None:
         """Add a text whose missing scores are computed along with the others, but not returned."""
@@ -108,6 +91,7 @@ class Reading:
 
     def predictions(self) -> Predictions:
         """Return the scores to compute. Scores of forwarded tokens that a pool knows are written to their rows."""
+        self._number_fans()
         self._logprobs = np.full(self._num_candidates, np.nan)
         self._are_argmax = np.zeros(self._num_candidates, dtype=bool)
         for number, score in self._known.items():
@@ -118,29 +102,35 @@ class Reading:
             predictions.add_first(end, number)
         for number, (end, token_id) in self._missing.items():
             predictions.add_candidate(end, token_id, number)
-        for fan, numbers in self._fans.items():
-            self._add_tokens(fan, numbers, predictions)
+        for alike in self._alike:
+            self._add_fans(alike, predictions)
         return predictions
 
-    def _add_tokens(self, fan: Fan, numbers: Ints, predictions: Predictions) -> None:
-        """Add the tokens of a fan to the predictions to compute, without leaves that were scored before."""
-        shape, parents = fan.shape, fan.shape.scores.parents
-        assert fan.parent is not None
-        predicting = np.where(parents < 0, self.rows.last_of(fan.parent), parents + self.rows.first_of(fan))
-        num_tokens = len(numbers)
-        known = self._pools.leaves.get(fan)
-        if known is not None:
-            leaves = self._leaves_of(fan)
-            self._logprobs[leaves], self._are_argmax[leaves] = known
-            num_tokens = shape.num_rows
-        predictions.add(predicting[:num_tokens], shape.scores.token_ids[:num_tokens], numbers[:num_tokens])
+    def _number_fans(self) -> None:
+        """Number the scores of fans, all fans of a shape together."""
+        by_shape: dict[Shape, list[Fan]] = {}
+        for fan in dict(self._fans):
+            by_shape.setdefault(fan.shape, []).append(fan)
+        for shape, fans in by_shape.items():
+            rows = np.array([self.rows.first_of(fan) for fan in fans])[:, None] + np.arange(shape.num_rows)
+            leaves = np.arange(self._num_candidates, self._num_candidates + len(fans) * shape.num_leaves)
+            self._num_candidates += len(leaves)
+            numbers = np.concatenate([rows, -1 - leaves.reshape(len(fans), -1)], axis=1)
+            self._alike.append(_AlikeFans(shape, fans, numbers))
 
-    def _leaves_of(self, fan: Fan) -> slice:
-        """Return where the scores of a fan's leaves lie among those of the candidates."""
-        numbers = self._fans[fan]
-        num_rows = fan.shape.num_rows
-        start = -1 - int(numbers[num_rows]) if num_rows < len(numbers) else 0
-        return slice(start, start + len(numbers) - num_rows)
+    def _add_fans(self, alike: _AlikeFans, predictions: Predictions) -> None:
+        """Add the tokens of fans to the predictions to compute, without leaves that were scored before."""
+        scores, numbers = alike.shape.scores, alike.numbers
+        ends = np.array([self.rows.last_of(fan.parent) for fan in alike.fans if fan.parent is not None])
+        predicting = np.where(scores.parents < 0, ends[:, None], numbers[:, :1] + scores.parents)
+        is_left = np.ones(numbers.shape, dtype=bool)
+        for idx, fan in enumerate(alike.fans):
+            known = self._pools.leaves.get(fan)
+            if known is not None:
+                self._logprobs[alike.leaves[idx]], self._are_argmax[alike.leaves[idx]] = known
+                is_left[idx, alike.shape.num_rows :] = False
+        token_ids = np.broadcast_to(scores.token_ids, numbers.shape)
+        predictions.add(predicting[is_left], token_ids[is_left], numbers[is_left])
 
     def write(self, numbers: Ints, scores: TokenScores, on_host: npt.NDArray[Any]) -> None:
         """Write computed scores to where they are held, those of candidates into the pool as well.
@@ -159,21 +149,27 @@ class Reading:
 
     def keep_leaves(self) -> None:
         """Put the scores of all leaves into their pool; all of them must have been computed."""
-        for fan in self._fans:
-            leaves = self._leaves_of(fan)
-            self._pools.leaves.put(fan, LeafScores(self._logprobs[leaves].copy(), self._are_argmax[leaves].copy()))
+        for alike in self._alike:
+            found = self._logprobs[alike.leaves], self._are_argmax[alike.leaves]
+            for fan, logprobs, are_argmax in zip(alike.fans, *found, strict=True):
+                self._pools.leaves.put(fan, LeafScores(logprobs.copy(), are_argmax.copy()))
 
     def scores(self, dtype: torch.dtype, device: torch.device) -> TokenScores:
         """Return all scores, one text behind the other; log-probabilities in this dtype, on this device."""
-        self._end_runs()
-        numbers = np.concatenate([*self._numbers, np.zeros(0, dtype=np.int64)])
+        starts, stops = (np.array(bounds, dtype=np.int64) for bounds in (self._starts, self._stops))
+        run_stops = np.append(0, np.cumsum(stops - starts))
+        of_texts = np.split(ranges(starts, stops), run_stops[[num_before for _, num_before in self._fans]])
+        of_fan = {fan: own for alike in self._alike for fan, own in zip(alike.fans, alike.of_scores, strict=True)}
+        parts = zip(of_texts, [*(of_fan[fan] for fan, _ in self._fans), run_stops[:0]], strict=True)
+        numbers = np.concatenate(list(itertools.chain.from_iterable(parts)))
         candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
         return self.rows.scores(numbers, candidates)
 
     def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
         """Yield the number of each added score, and a function that returns the ids before the scored token."""
         if isinstance(item, Fan):
-            for number, parent in zip(self._fans[item].tolist(), item.shape.scores.parents, strict=True):
+            (numbers,) = (own.numbers[own.fans.index(item)] for own in self._alike if own.shape is item.shape)
+            for number, parent in zip(numbers.tolist(), item.shape.scores.parents, strict=True):
                 yield number, partial(_ids_in_fan, item, int(parent))
             return
         for span, first_row in spans_from(self._forest, end, item.token_ids, item.start):
@@ -182,10 +178,15 @@ class Reading:
         for token_id in item.candidates:
             yield self._number_of(end, token_id), partial(ids_up_to, end)
 
-    def _want(self, span: Span, first_row: int) -> None:
-        known = self._first_rows.get(span)
-        if known is None or first_row < known:
+    def _want(self, span: Span, first_row: int) -> int:
+        """Add a span's tokens from a row on; return the number of its first row."""
+        first = self._firsts.get(span)
+        if first is None:
+            first = self._firsts[span] = self.rows.first_of(span)
             self._first_rows[span] = first_row
+        elif first_row < self._first_rows[span]:
+            self._first_rows[span] = first_row
+        return first
 
     def _number_of(self, end: Span, token_id: int) -> int:
         number = self._candidates.get((end, token_id))
@@ -213,7 +214,7 @@ class Reading:
         """
         wanted = list(self._first_rows.items())
         first_rows = np.fromiter(self._first_rows.values(), dtype=np.int64, count=len(wanted))
-        firsts = np.array([self.rows.first_of(span) for span in self._first_rows], dtype=np.int64)
+        firsts = np.fromiter(self._firsts.values(), dtype=np.int64, count=len(wanted))
         stops = firsts + np.array([len(span.token_ids) for span in self._first_rows], dtype=np.int64)
         are_scored = self.rows.are_scored()
         num_scored = np.append(0, np.cumsum(are_scored))
@@ -237,6 +238,31 @@ class Reading:
         predictions.add_inner(token_ids, ranges((firsts + np.maximum(1, first_rows))[left], stops[left]))
 
 
+class _AlikeFans(NamedTuple):
+    """The distinct fans of one shape, and where their scores lie.
+
+    Attributes:
+        shape: their shape.
+        fans: the fans.
+        numbers: the numbers of the scores of each fan's rows, then of its leaves, `(fans, rows + leaves)`.
+
+    """
+
+    shape: Shape
+    fans: list[Fan]
+    numbers: Ints
+
+    @property
+    def leaves(self) -> Ints:
+        """The places of the scores of each fan's leaves among those of candidates, `(fans, leaves)`."""
+        return -1 - self.numbers[:, self.shape.num_rows :]
+
+    @property
+    def of_scores(self) -> Ints:
+        """The numbers of the scores of each fan's completions, one behind the other, `(fans, scores)`."""
+        return self.numbers[:, self.shape.scores.index]
+
+
 def spans_from(forest: Forest, end: Span, token_ids: TokenIds, start: int) -> list[tuple[Span, int]]:
     """Return the spans of a text's tokens from `start` on, in written order, each with its first such row."""
     spans: list[tuple[Span, int]] = []
@@ -250,7 +276,7 @@ def spans_from(forest: Forest, end: Span, token_ids: TokenIds, start: int) -> li
         return spans
     span = end
     while span.parent is not None and span.position + len(span.token_ids) > start:
-        spans.append((span, max(0, start - span.position)))
+        spans.append((span, start - span.position if start > span.position else 0))
         span = span.parent
     spans.reverse()
     return spans

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from weakref import WeakValueDictionary
+from weakref import ref
 
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.forest.span import Inserted, Span
@@ -26,21 +26,20 @@ class Batch:
 
     evaluator: Evaluator
     num_asked: dict[str, int] = field(default_factory=dict)
-    _num_texts: int = 0
-    _texts: WeakValueDictionary[int, Evaluated] = field(default_factory=WeakValueDictionary)
+    _texts: list[ref[Evaluated]] = field(default_factory=list)
 
     def add(self, end: Span, token_ids: TokenIds) -> Evaluated:
         """Add a text to the batch and return it."""
-        evaluated = self._texts[self._num_texts] = Evaluated(self, self._num_texts, end, token_ids)
-        self._num_texts += 1
+        evaluated = Evaluated(self, len(self._texts), end, token_ids)
+        self._texts.append(ref(evaluated))
         return evaluated
 
     def ahead_of(self, idx: int, what: str) -> list[Inserted]:
         """Return the texts, from `idx` on, for which the result `what` is computed together."""
         num_asked = self.num_asked.get(what, 0)
         self.num_asked[what] = num_asked + 1
-        indices = itertools.chain(range(idx, self._num_texts), range(idx))
-        alive = (found for i in indices if (found := self._texts.get(i)) is not None)
+        indices = itertools.chain(range(idx, len(self._texts)), range(idx))
+        alive = (found for i in indices if (found := self._texts[i]()) is not None)
         ahead = itertools.islice(alive, 1 << min(num_asked, 20))
         return [evaluated.inserted for evaluated in ahead if evaluated.is_computed]
 

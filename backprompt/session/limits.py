@@ -54,12 +54,10 @@ class TextLimits:
 
     def are_fine(self, encoded: Sequence[TokenIds], lengths: Sequence[int]) -> bool:
         """Return whether the extreme ids and lengths of all texts together show that each text can be evaluated."""
-        all_ids = list(map(flat, encoded))
-        if not all(all_ids):
+        if not all(encoded):
             return False
-        if self.adapters:
-            all_ids = [self._plain(ids) for ids in all_ids]
-        lowest, highest = min(map(min, all_ids), default=0), max(map(max, all_ids), default=0)
+        distinct = self._plain(tuple(set().union(*map(flat, encoded))))
+        lowest, highest = min(distinct, default=0), max(distinct, default=0)
         has_room = self.model.max_tokens is None or max(lengths, default=0) <= self.model.max_tokens
         is_plain = not self.model.counts_tokens or not any(map(self._num_beside, encoded))
         return has_room and is_plain and lowest >= 0 and highest < self.model.num_embeddings

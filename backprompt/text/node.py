@@ -429,7 +429,7 @@ def _as_text(value: object, operation: str) -> Text:
     if isinstance(value, Text):
         return value
     if isinstance(value, str):
-        return Text(value)
+        return _leaf(value, None)
     raise TextTypeError(
         f"{operation} takes a Text or a str, not {type(value).__name__}: {abbreviated(value)}. "
         "Convert it with str(...) first."

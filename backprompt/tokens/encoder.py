@@ -176,12 +176,13 @@ class Encoder:
         trie.encode()
         with_groups = iter(self._encode_branches(list(map(_as_branch, grouped)), split=split))
         return [
-            next(with_groups) if node is None else self._with_special_ids(trie.ids(node), text, node)
+            next(with_groups) if node is None else self._with_special_ids(node, text)
             for text, node in zip(texts, nodes, strict=True)
         ]
 
-    def _with_special_ids(self, ids: tuple[int, ...], text: Text, node: TrieNode) -> tuple[int, ...]:
+    def _with_special_ids(self, node: TrieNode, text: Text) -> tuple[int, ...]:
         """Return the ids of a text without groups with the special tokens of a whole string."""
+        ids = node.ids()
         if not (self._add_special_tokens and text.add_special_tokens and node.begins_with_string):
             return ids
         prefix, suffix = self.tokenizer.special_ids_around(ids)

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer as Backend
 from backprompt.arguments import check_encodable
 from backprompt.errors import TokenIdError, TokenizerError
 
-# Splitting patterns in which no alternative matches a letter followed by a space, no alternative looks behind, and a
-# run of letters takes at most one space, the one before it. So " " between two ASCII letters is always a boundary.
+# Splitting patterns in which no alternative matches a visible character followed by a space, no alternative looks
+# behind, and a run of letters takes at most one space, the one before it. So " " between a visible ASCII character and
+# an ASCII letter is always a boundary.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -30,6 +31,7 @@ _LLAMA3_PATTERN = (
 )
 _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _CUTTABLE_PATTERNS = frozenset({_GPT2_PATTERN, _LLAMA3_PATTERN, _QWEN2_PATTERN})
+_VISIBLE = frozenset(map(chr, range(ord("!"), ord("~") + 1)))
 
 _SAMPLE = "It's 7 o'clock:  Zoë's naïve   “test”\n\n#42 , don't\tre-fund 1234567 🤝🏽 日本 x"
 """A string whose ids reveal changes of a tokenizer; it exercises many rules and merges."""
@@ -140,7 +142,7 @@ class PrivateTokenizer:
             if list(self.whole.encode(_SAMPLE, add_special_tokens=False).ids) == self._call([_SAMPLE])[0]:
                 self._backend = self.whole  # else the tokenizer changes ids outside its backend
         self.encodes_continuations = self.continuing is not None
-        self._can_cut = self._backend is not None and _is_cuttable(self._backend)
+        self._before_cuts = frozenset() if self._backend is None else _characters_before_cuts(self._backend)
         self._special_ids = self._special_ids_around_a_string()
 
     def encode(self, strings: Sequence[str], *, is_continuation: bool) -> list[tuple[int, ...]]:
@@ -184,14 +186,15 @@ class PrivateTokenizer:
         """Return the last place from `start` on at which a cut changes no id, whatever follows `string`; or 0.
 
         The ids of the whole are those of `string[:cut]` followed by those of `string[cut:]`. Such a place is a space
-        between two ASCII letters, for byte-level BPE with one of the known splitting patterns.
+        between a visible ASCII character and an ASCII letter, for byte-level BPE with one of the known splitting
+        patterns.
         """
-        if not self._can_cut:
+        if not self._before_cuts:
             return 0
         end = len(string) - 1
         while (end := string.rfind(" ", max(start, 1), end)) > 0:
-            before, after = string[end - 1], string[end + 1]
-            if before.isascii() and before.isalpha() and after.isascii() and after.isalpha():
+            after = string[end + 1]
+            if string[end - 1] in self._before_cuts and after.isascii() and after.isalpha():
                 return end
         return 0
 
@@ -329,6 +332,14 @@ def _without_dummy_prefix(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any
     if pre_tokenizer["type"] == "ByteLevel":
         return {**pre_tokenizer, "add_prefix_space": False}
     return pre_tokenizer
+
+
+def _characters_before_cuts(backend: Backend) -> frozenset[str]:
+    """Return the characters behind which a space before an ASCII letter is provably a boundary of this tokenizer."""
+    if not _is_cuttable(backend):
+        return frozenset()
+    added_tokens = backend.get_added_tokens_decoder().values()
+    return _VISIBLE - {token.content[-1] for token in added_tokens if token.rstrip}
 
 
 def _is_cuttable(backend: Backend) -> bool:

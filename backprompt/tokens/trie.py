@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from backprompt.text.node import Text, sides
 from backprompt.text.segments import Adapted, Group, Leaf
@@ -17,7 +17,10 @@ def encode_chains(tokenizer: EncodesStrings, chains: Iterable[Chain], *, split: 
     trie = Trie(tokenizer, split=split)
     nodes = {chain: trie.add_chain(chain) for chain in chains}
     trie.encode()
-    return {chain: trie.ids(node) for chain, node in nodes.items()}
+    return {chain: node.ids() for chain, node in nodes.items()}
+
+
+_NO_LEAVES = frozenset({Adapted, Group})
 
 
 class Trie:
@@ -57,7 +60,7 @@ class Trie:
         tail = "" if node is None else node.tail()
         for whole, last in reversed(parts):
             segments = last.segments
-            if node is None or any(isinstance(segment, (Group, Adapted)) for segment in segments):
+            if node is None or not _NO_LEAVES.isdisjoint(map(type, segments)):
                 node = None
             else:
                 node, tail = self._descend(node, tail, segments)  # type: ignore[arg-type]  # none is a group
@@ -67,114 +70,128 @@ class Trie:
     @property
     def strings(self) -> Iterator[str]:
         """The strings that `encode` encodes, each at most once as a beginning and once as a continuation."""
-        return (piece.string for piece in self._pieces)
+        return itertools.chain(*self._pieces.of_kind.values())
 
     def encode(self) -> None:
         """Encode the strings of all nodes."""
         self._pieces.encode()
-
-    def ids(self, node: TrieNode) -> tuple[int, ...]:
-        """Return the ids of the text that ends at a node, without special tokens."""
-        return node.ids(self._pieces)
 
     def _descend(self, node: TrieNode, tail: str, leaves: Iterable[Leaf]) -> tuple[TrieNode, str]:
         """Return the node behind leaves, and the unsettled tail of the string there; missing nodes are added."""
         for leaf in leaves:
             child = node.children.get(leaf)
             if child is None:
-                child = node.children[leaf] = node.extend(leaf, tail, self._pieces, split=self._split)
-                for settled in child.settled:
-                    if isinstance(settled, _Piece):
-                        self._pieces.add(settled)
+                child = node.extend(leaf, tail, self._pieces, split=self._split)
             node, tail = child, child.added if child.begins_tail else tail + child.added
         return node, tail
 
     def _ended(self, node: TrieNode, tail: str) -> TrieNode:
         """Return a node at which a text ends, after adding its tail to the strings to encode."""
-        if tail:
-            self._pieces.add(_Piece(tail, node.is_continuation))
+        node.end = self._pieces.add(tail, node.is_continuation)
         return node
 
 
-class _Piece(NamedTuple):
-    """A string that is encoded by itself."""
+class _Piece:
+    """A string that is encoded by itself, or given token ids."""
 
-    string: str
-    is_continuation: bool
+    __slots__ = ("ids",)
+
+    def __init__(self, ids: tuple[int, ...] = ()) -> None:
+        self.ids = ids  # of a string once it is encoded
 
 
 class _Pieces:
-    """All pieces of one call of the encoder, and their ids once encoded."""
+    """The strings of one call of the encoder: for beginnings and for continuations, a piece for each string."""
 
     def __init__(self, tokenizer: EncodesStrings) -> None:
         self.tokenizer = tokenizer
-        self._ids: dict[_Piece, tuple[int, ...]] = {}
+        self.of_kind: dict[bool, dict[str, _Piece]] = {False: {}, True: {}}
 
-    def __iter__(self) -> Iterator[_Piece]:
-        return iter(self._ids)
-
-    def add(self, piece: _Piece) -> None:
-        self._ids[piece] = ()
+    def add(self, string: str, is_continuation: bool) -> tuple[_Piece, ...]:
+        """Return the piece of a string; none for an empty string."""
+        pieces = self.of_kind[is_continuation]
+        if not string:
+            return ()
+        piece = pieces.get(string)
+        if piece is None:
+            piece = pieces[string] = _Piece()
+        return (piece,)
 
     def encode(self) -> None:
-        for is_continuation in (False, True):
-            pieces = [piece for piece in self._ids if piece.is_continuation is is_continuation]
-            strings = [piece.string for piece in pieces]
-            encoded = self.tokenizer.encode(strings, is_continuation=is_continuation) if strings else []
-            self._ids.update(zip(pieces, encoded, strict=True))
-
-    def ids(self, piece: _Piece) -> tuple[int, ...]:
-        return self._ids[piece]
+        for is_continuation, pieces in self.of_kind.items():
+            encoded = self.tokenizer.encode(list(pieces), is_continuation=is_continuation) if pieces else []
+            for piece, ids in zip(pieces.values(), encoded, strict=True):
+                piece.ids = ids
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class TrieNode:
     """The state after some segments: settled ids, and the tail of the string, whose tokens may still change.
 
-    The ids of the text up to here are those of the ancestors' `settled` (pieces, or given token ids), of the node's own
-    `settled`, and of the tail. A node holds only its addition to the tail of its parent, or the whole tail if the node
-    `begins_tail`. Whole tails at every node of a long chain would take memory quadratic in the length of the chain.
+    The ids of the text up to here are those of the ancestors' `settled`, of the node's own `settled`, and of the tail.
+    A node holds only its addition to the tail of its parent, or the whole tail if the node `begins_tail`. Whole tails
+    at every node of a long chain would take memory quadratic in the length of the chain.
 
     Attributes:
+        end: the piece of the tail, if a text ends here.
         is_only_strings: whether no segment so far consists of token ids.
         begins_with_string: whether the text begins with a string, as the empty text does.
 
     """
 
     parent: TrieNode | None = None
-    settled: tuple[_Piece | tuple[int, ...], ...] = ()
+    settled: tuple[_Piece, ...] = ()
     added: str = ""
     begins_tail: bool = True
     is_continuation: bool = False
     is_only_strings: bool = True
     begins_with_string: bool = True
+    end: tuple[_Piece, ...] = ()
     children: dict[Leaf, TrieNode] = field(default_factory=dict)
     _settled_ids: tuple[int, ...] | None = None
 
-    def ids(self, pieces: _Pieces) -> tuple[int, ...]:
-        """Return the ids of the text that ends here, without special tokens."""
-        tail = self.tail()
-        return self._all_settled_ids(pieces) + (pieces.ids(_Piece(tail, self.is_continuation)) if tail else ())
+    def ids(self) -> tuple[int, ...]:
+        """Return the ids of the text that ends here, without special tokens, once the strings are encoded."""
+        chain: list[TrieNode] = []
+        node: TrieNode | None = self
+        while node is not None and node._settled_ids is None:
+            chain.append(node)
+            node = node.parent
+        ids = [] if node is None or node._settled_ids is None else list(node._settled_ids)
+        for node in reversed(chain):
+            for piece in node.settled:
+                ids += piece.ids
+            if len(node.children) > 1:  # kept only where several children read it: memory stays linear
+                node._settled_ids = tuple(ids)
+        for piece in self.end:
+            ids += piece.ids
+        return tuple(ids)
 
     def extend(self, segment: Leaf, tail: str, pieces: _Pieces, *, split: bool) -> TrieNode:
-        """Return the node behind a segment that stands here; `tail`: the string here that is not settled yet."""
+        """Add the node behind a segment that stands here; `tail`: the string here that is not settled yet."""
         node = self._extended(segment, tail, pieces, split)
         node.is_only_strings = self.is_only_strings and isinstance(segment, str)
         node.begins_with_string = self.begins_with_string if self.parent is not None else isinstance(segment, str)
+        self.children[segment] = node
         return node
 
     def _extended(self, segment: Leaf, tail: str, pieces: _Pieces, split: bool) -> TrieNode:
-        settled_tail = (_Piece(tail, self.is_continuation),) if tail else ()
+        is_continuation = self.is_continuation
         if not isinstance(segment, str):
-            return TrieNode(self, (*settled_tail, segment), is_continuation=True)
+            return TrieNode(self, (*pieces.add(tail, is_continuation), _Piece(segment)), is_continuation=True)
         if split:
-            return TrieNode(self, settled_tail, segment, is_continuation=self.is_continuation or bool(tail))
-        longer = tail + segment
-        cut = pieces.tokenizer.cut(longer, len(tail) - 1)  # the tail was searched already
-        if cut == 0:
-            return TrieNode(self, (), segment, begins_tail=False, is_continuation=self.is_continuation)
-        piece = _Piece(longer[:cut], self.is_continuation)
-        return TrieNode(self, (piece,), longer[cut:], is_continuation=self.is_continuation)
+            settled = pieces.add(tail, is_continuation)
+            return TrieNode(self, settled, segment, is_continuation=is_continuation or bool(tail))
+        cut = pieces.tokenizer.cut
+        if tail and cut(tail[-1] + segment[:2]):  # at the join, for many texts may have the same part on either side
+            settled, string, start = pieces.add(tail, is_continuation), segment, 0
+        else:
+            settled, string, start = (), tail + segment, len(tail) - 1  # the tail was searched already
+        place = cut(string, start)
+        if not (settled or place):
+            return TrieNode(self, (), segment, begins_tail=False, is_continuation=is_continuation)
+        settled += pieces.add(string[:place], is_continuation)
+        return TrieNode(self, settled, string[place:], is_continuation=is_continuation)
 
     def tail(self) -> str:
         """Return the last part of the text that ends here: the string whose tokens may still change."""
@@ -184,17 +201,3 @@ class TrieNode:
             parts.append(node.added)
             node = None if node.begins_tail else node.parent
         return "".join(reversed(parts))
-
-    def _all_settled_ids(self, pieces: _Pieces) -> tuple[int, ...]:
-        chain: list[TrieNode] = []
-        node: TrieNode | None = self
-        while node is not None and node._settled_ids is None:
-            chain.append(node)
-            node = node.parent
-        ids = list(node._settled_ids) if node is not None and node._settled_ids is not None else []
-        for node in reversed(chain):
-            for settled in node.settled:
-                ids += pieces.ids(settled) if isinstance(settled, _Piece) else settled
-            if len(node.children) > 1:  # kept only where several children read it: memory stays linear
-                node._settled_ids = tuple(ids)
-        return tuple(ids)
