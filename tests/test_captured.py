@@ -497,7 +497,7 @@ def test_graphs_make_room_for_a_pass(model: Any, tokenizer: Any, monkeypatch: py
     executor = lm.session.evaluator.executor
     run, calls = executor.run, []
 
-    def short_of_memory(*args: Any) -> Any:
+    def short_of_memory(*args: Any, **options: Any) -> Any:
         calls.append(bool(executor.steps.graphs))
         if executor.steps.graphs or len(calls) > 2:
             raise torch.OutOfMemoryError
