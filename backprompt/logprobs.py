@@ -6,6 +6,8 @@ throughout, is not a distribution; the log-softmax of such a row would be NaN th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def rated(logits: Tensor, row_idx: Tensor, token_ids: Tensor) -> tuple[Tensor, T
     """
     values = logits.to(logprob_dtype(logits.dtype))
     logprobs = values.log_softmax(dim=-1)[row_idx, token_ids]
-    return logprobs, ~logprobs.isnan(), _argmax(values.float())[row_idx] == token_ids
+    is_usable = logprobs < math.inf  # NaN is not
+    return logprobs, is_usable, _argmax(values.float())[row_idx] == token_ids
 
 
 def _argmax(values: Tensor) -> Tensor:
