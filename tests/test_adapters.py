@@ -112,7 +112,7 @@ def assert_as_reference(model, text, plain_text, tokens):
 
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
-@settings(max_examples=up_to(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_segments_under_any_adapters_have_the_numbers_of_the_plain_model(
     family, data, models, tokenizer, monkeypatch
@@ -149,7 +149,7 @@ def test_any_segments_under_any_adapters_have_the_numbers_of_the_plain_model(
                 text.save()
 
 
-@settings(max_examples=up_to(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drawn=st.lists(st.lists(runs, min_size=1, max_size=4), min_size=1, max_size=5),
     active=st.sampled_from([(), ("a",), ("twin",), ("b", "a")]),
@@ -292,7 +292,7 @@ texts = st.recursive(
 )
 
 
-@settings(max_examples=up_to(200), deadline=None)
+@settings(max_examples=up_to(80), deadline=None)
 @given(x=texts, y=texts)
 def test_with_adapter_holds_for_all_parts_of_a_text(x, y):
     for name in ("a", None):

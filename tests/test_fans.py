@@ -85,7 +85,7 @@ def work(lm, before):
     return after.tokens_computed, after.logit_rows
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(["gpt2", "llama", "mistral_sliding"]),
     prompts=prompts_of_ids(),
@@ -126,7 +126,7 @@ def torch_scores(rows):
     return type(rows[0])(torch.cat([row.logprobs for row in rows]), torch.cat([row.is_argmax for row in rows]))
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     prompts=prompts_of_ids(),
     groups=st.lists(st.booleans(), min_size=5, max_size=5),
@@ -222,7 +222,7 @@ def test_a_start_that_is_no_beginning_of_a_prompt_is_refused_as_of_texts():
     assert lm.stats.tokens_computed == 0
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(prompts=prompts_of_ids(), listed=completions, max_tokens=st.sampled_from([40, 1000]))
 def test_the_work_is_that_of_texts(prompts, listed, max_tokens):
     """Each token is forwarded and each row of logits computed once, then and later; nothing is computed again."""
@@ -244,7 +244,7 @@ def test_the_work_is_that_of_texts(prompts, listed, max_tokens):
     assert not fans(lm)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(prompts=prompts_of_ids(), listed=completions, max_tokens=st.sampled_from([40, 1000]))
 def test_the_work_of_whole_texts_is_a_row_for_each_beginning(prompts, listed, max_tokens):
     lm = make_lm(max_tokens_per_forward=max_tokens)

@@ -73,7 +73,7 @@ def build(lm, given_segments):
 
 
 @pytest.mark.parametrize("family", LAW_FAMILIES)
-@settings(max_examples=up_to(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_nested_groups_have_the_numbers_of_the_declared_mask(family, data, models, tokenizer, monkeypatch):
     """In any order, packed in any passes, within any budget, and from a store."""

@@ -177,7 +177,7 @@ class Holders(RuleBasedStateMachine):
             assert self.lm.stats.host_bytes_held <= self.lm.session.evaluator.host.max_bytes
 
 
-Holders.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
+Holders.TestCase.settings = settings(max_examples=6, stateful_step_count=20, deadline=None)
 TestHolders = Holders.TestCase
 
 
