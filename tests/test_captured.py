@@ -194,6 +194,25 @@ def stepping(lm: LM, num_tokens: int, between: Callable[[int, Any], None] = lamb
 
 
 @pytest.mark.usefixtures("captured")
+def test_no_way_through_the_model_keeps_gradients(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes, captured steps and attention maps; the caller has gradients on."""
+    ways: set[bool] = set()
+    attend = executor.Executor.attend
+
+    def watched(self: Any, *given: Any, **options: Any) -> Any:
+        ways.add(torch.is_inference_mode_enabled())
+        assert not torch.is_grad_enabled()
+        return attend(self, *given, **options)
+
+    monkeypatch.setattr(executor.Executor, "attend", watched)
+    lm = LM(model, tokenizer)
+    stepping(lm, 12)
+    assert counts_of(lm)["replayed"]
+    assert not Text("The cat sat", lm).model_repr.attention().requires_grad
+    assert ways == {True, False}
+
+
+@pytest.mark.usefixtures("captured")
 def test_weights_that_lie_elsewhere_leave_the_graph(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else notices, as with a copy of the same numbers that is made between two looks."""
     model = FAMILIES["gpt2"]()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from backprompt import LM, Text
 from backprompt.classify import log_probs
+from backprompt.evaluation.pools import TENSOR_BYTES
 from backprompt.model.weights import WeightsMonitor
 from backprompt.session.sharing import Line
 from backprompt.tokens.tokenizer import PrivateTokenizer
@@ -223,6 +224,18 @@ def test_log_probabilities_that_are_read_again_are_one_copy():
         found.zero_()
     assert all(t.token_logprobs[1:].equal(logprobs[1:]) for t, logprobs in zip(texts, expected, strict=True))
     lm.clear()
+    assert lm.stats.result_bytes_held == 0
+
+
+def test_log_probabilities_that_were_read_are_counted_and_leave_with_their_spans():
+    lm = LM(MODEL, TOKENIZER)
+    text = Text("The cat sat", lm)
+    lm.evaluate([text])
+    lm.token_logprobs([text])
+    assert lm.stats.result_bytes_held == 0
+    num_bytes = text.token_logprobs.nbytes
+    assert lm.stats.result_bytes_held == num_bytes + TENSOR_BYTES
+    lm.session.evaluator.pools.retain(())
     assert lm.stats.result_bytes_held == 0
 
 

@@ -335,6 +335,9 @@ def test_a_cut_changes_no_ids_whatever_follows(name, start, between, end, extens
 
 def test_no_cut_behind_a_token_that_swallows_the_space():
     assert PRIVATE["added mark"].cut("<x> cat") == 0 < PRIVATE["byte_level_bpe"].cut("<x> cat")
+    normalized = AddedToken("x\u037e", rstrip=True, normalized=True)  # "x;" in NFC
+    greek = with_parts(normalizers.NFC(), added_token=normalized)
+    assert PrivateTokenizer(greek).cut("x; cat") == 0
 
 
 @pytest.mark.parametrize("name", NOT_CUTTABLE)

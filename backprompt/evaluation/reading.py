@@ -158,10 +158,13 @@ class Reading:
         """Return all scores, one text behind the other; log-probabilities in this dtype, on this device."""
         starts, stops = (np.array(bounds, dtype=np.int64) for bounds in (self._starts, self._stops))
         run_stops = np.append(0, np.cumsum(stops - starts))
-        of_texts = np.split(ranges(starts, stops), run_stops[[num_before for _, num_before in self._fans]])
+        of_texts, num_read = ranges(starts, stops), 0
         of_fan = {fan: own for alike in self._alike for fan, own in zip(alike.fans, alike.of_scores, strict=True)}
-        parts = zip(of_texts, [*(of_fan[fan] for fan, _ in self._fans), run_stops[:0]], strict=True)
-        numbers = np.concatenate(list(itertools.chain.from_iterable(parts)))
+        parts: list[Ints] = []
+        for (fan, _), num_before in zip(self._fans, run_stops[[num_runs for _, num_runs in self._fans]], strict=True):
+            parts += [of_texts[num_read:num_before], of_fan[fan]]
+            num_read = num_before
+        numbers = np.concatenate([*parts, of_texts[num_read:]])
         candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
         return self.rows.scores(numbers, candidates)
 

@@ -283,7 +283,10 @@ def _divide_quickly(rows: Tensor, generators: Sequence[torch.Generator]) -> None
 
 
 def _exponential(bits: Tensor) -> Tensor:
-    """Turn random bits into exponentially distributed numbers, in float64: 53 bits are a uniform number in torch."""
+    """Turn random bits into exponentially distributed numbers, in float64.
+
+    As in torch, the lowest 53 bits are the digits of a uniformly distributed number below 1.
+    """
     uniform = bits.bitwise_and_((1 << 53) - 1).to(torch.float64).mul_(2.0**-53)
     return uniform.neg_().log1p_().neg_()
 

@@ -182,9 +182,9 @@ class Growth:
                     _take_in(ends[idx], token_ids[idx], held[idx], room)
 
     def release(self, spans: Iterable[Span]) -> list[Block]:
-        """Move the parents of spans, which others continue as well, out of blocks that are mostly unused.
+        """Move the parents of spans out of blocks that are mostly unused; return the new blocks, one of each kind.
 
-        They move together. Returns the new blocks, one of each kind.
+        No text extends these parents in place any more, so they need no room behind them.
         """
         parents = dict.fromkeys(span.parent for span in spans)
         return self._move_together(

@@ -30,7 +30,7 @@ class AttributeMonitor:
 
     def _is_somewhere(self) -> bool:
         name = self._name
-        return bool([table for table in self._tables if name in table])  # quicker than a generator
+        return bool([1 for table in self._tables if name in table])  # quicker than `any` of a generator
 
     def _read(self) -> list[object]:
         return list(map(self._get, self._tables))

@@ -12,7 +12,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -287,7 +287,7 @@ class Executor:
             attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
         )
         try:
-            with torch.inference_mode(in_inference_mode):
+            with torch.inference_mode() if in_inference_mode else nullcontext():  # False would turn gradients on
                 hidden = run_body(self._body, inputs)
         finally:
             self._in_flight = None

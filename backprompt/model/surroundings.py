@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 
 has_gradients = torch.is_grad_enabled
+"""Returns whether operations are recorded for gradients."""
+
 set_gradients: Callable[[bool], None] = torch._C._set_grad_enabled
 """Sets whether operations are recorded for gradients; `torch.no_grad` takes longer than everything else here."""
 

@@ -338,12 +338,16 @@ def _characters_before_cuts(backend: Backend) -> frozenset[str]:
     """Return the characters behind which a space before an ASCII letter is provably a boundary of this tokenizer."""
     if not _is_cuttable(backend):
         return frozenset()
-    added_tokens = backend.get_added_tokens_decoder().values()
-    return _VISIBLE - {token.content[-1] for token in added_tokens if token.rstrip}
+    swallowing = [token.content for token in backend.get_added_tokens_decoder().values() if token.rstrip]
+    normalized = [] if backend.normalizer is None else map(backend.normalizer.normalize_str, swallowing)
+    return _VISIBLE - {content[-1] for content in (*swallowing, *normalized)}
 
 
 def _is_cuttable(backend: Backend) -> bool:
-    """Return whether a space between two ASCII letters is provably a boundary of this tokenizer."""
+    """Return whether a space between two ASCII letters is provably a boundary of this tokenizer.
+
+    A space behind another visible character is one, too, unless an added token that ends with it takes the space.
+    """
     model, description = backend.model, _describe_parts(backend)
     if not isinstance(model, models.BPE) or model.dropout:
         return False
@@ -373,7 +377,7 @@ def _splits_at_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _leaves_spaces(token: AddedToken) -> bool:
-    """Return whether an added token cannot contain or swallow a space between two letters."""
+    """Return whether an added token cannot contain a space, or swallow a space between two letters."""
     content = token.content
     swallows = (token.lstrip and content[:1].isalpha()) or (token.rstrip and content[-1:].isalpha())
     return not swallows and not any(character.isspace() for character in content)
