@@ -124,7 +124,7 @@ class Growth:
             held: the ends of texts in use.
 
         """
-        chains = [chain for span in spans if len(chain := _absorbable(span, held)) > 1]
+        chains = [chain for span in spans if len(chain := _absorbed_by(span, held)) > 1]
         adjacent = list(map(_adjacent, chains))
         apart = [chain for chain, rows in zip(chains, adjacent, strict=True) if rows is None]
         needed = [(upper, num_tokens_of(following)) for upper, *following in apart]
@@ -309,8 +309,8 @@ def takes_tokens_in(span: Span) -> bool:
     return not (span.children or span.is_end or span.is_stored or span.error) and span.is_held(with_keys_values=True)
 
 
-def _absorbable(span: Span, held: Container[Span]) -> list[Span]:
-    """Return a span with the spans right above it that it may absorb, from the first on."""
+def _absorbed_by(span: Span, held: Container[Span]) -> list[Span]:
+    """Return the chain of spans that a span may absorb, from the first on, with the span itself at the end."""
     chain = [span]
     while (upper := _absorbable_parent(chain[-1], held)) is not None:
         chain.append(upper)

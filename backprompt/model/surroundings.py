@@ -6,38 +6,29 @@ All code that makes or changes tensors runs without them, so that results are pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
-has_gradients = torch.is_grad_enabled
-"""Returns whether operations are recorded for gradients."""
-
-set_gradients: Callable[[bool], None] = torch._C._set_grad_enabled
+_set_gradients: Callable[[bool], None] = torch._C._set_grad_enabled
 """Sets whether operations are recorded for gradients; `torch.no_grad` takes longer than everything else here."""
+
+_num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+"""The number of modes of torch functions that the caller is in. A default device is one; a query of it is slow."""
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
 def plain_surroundings(device: torch.device) -> Iterator[None]:
     """Shut out all of the caller's settings."""
-    had_gradients = has_gradients()
+    had_gradients = torch.is_grad_enabled()
     try:
-        with without_modes(device):
-            set_gradients(False)
+        with _without_modes(device) if _has_modes() else _NOTHING:  # most callers have none
+            _set_gradients(False)
             yield
     finally:
-        set_gradients(had_gradients)
-
-
-def without_modes(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that shuts out the caller's settings, except gradients."""
-    return _without_modes(device) if _has_modes() else _NOTHING  # for most callers there is nothing to shut out
-
-
-_NOTHING = nullcontext()
-
-_num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
-"""The number of modes of torch functions that the caller is in. A default device is one; a query of it is slow."""
+        _set_gradients(had_gradients)
 
 
 def _has_modes() -> bool:

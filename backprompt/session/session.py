@@ -39,7 +39,7 @@ from backprompt.memory.location import Location
 from backprompt.model.executor import Executor
 from backprompt.model.skeleton import check_supported, unwrap
 from backprompt.model.spread import head_device
-from backprompt.model.surroundings import has_gradients, set_gradients, without_modes
+from backprompt.model.surroundings import plain_surroundings
 from backprompt.session.budgets import Budgets
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
@@ -124,11 +124,9 @@ class Session(TextSession):
         """
         place, line = object(), self.line
         line.places[place] = None
-        had_gradients = has_gradients()
         try:
-            with line.lock, without_modes(self.evaluator.executor.device):
+            with line.lock, plain_surroundings(self.evaluator.executor.device):
                 line.leave(place)
-                set_gradients(False)
                 if self._has_failed:
                     self.evaluator.computation.recover()
                     self._has_failed = False
@@ -145,7 +143,6 @@ class Session(TextSession):
                 finally:
                     self._depth, self._has_looked = depth, had_looked
         finally:
-            set_gradients(had_gradients)
             line.places.pop(place, None)
 
     def answer(self, call: Call[Answer]) -> Answer:
