@@ -59,9 +59,10 @@ class PartsMonitor:
         for weight in self._offloaded:
             self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
         self._spreading = AttributeMonitor(list(map(vars, modules)), HOOK)
-        self._contents = _Tables(
+        self._children = [module._modules for module in modules]
+        self._seen_children = list(map(dict, self._children))
+        self._tensors_in_place = _Tables(
             [
-                *(module._modules for module in modules),
                 *(self._own(module, module._parameters) for module in modules),
                 *(self._own(module, module._buffers) for module, is_rewritten in named if not is_rewritten),
             ]
@@ -78,7 +79,8 @@ class PartsMonitor:
     def have_changed(self) -> bool:
         """Return whether a part is another object, or lies at another address, than at construction."""
         return (
-            self._contents.have_changed()
+            self._children != self._seen_children  # modules are equal only to themselves
+            or self._tensors_in_place.have_changed()
             or (any(self._hooks) and any(is_foreign(hook) for hooks in self._hooks for hook in hooks.values()))
             or (self._rewritten and any(len(table) != num_before for table, num_before in self._rewritten))
             or self._spreading.has_changed()
@@ -165,7 +167,7 @@ class _Without(Mapping[str, object]):
 
 
 class _Tables:
-    """The elements of some tables at one moment, by identity: the children, parameters or buffers of modules."""
+    """The elements of some tables at one moment, by identity: the parameters or buffers of modules."""
 
     def __init__(self, tables: Sequence[Mapping[str, object]]) -> None:
         self._empty = [table for table in tables if not table]
