@@ -22,7 +22,7 @@ from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.fan import Shape
 from backprompt.session.texts import TextSession
-from backprompt.text.node import Text, sides
+from backprompt.text.node import Text, given_ids, sides
 from backprompt.tokens.graph import TokenGraph, TokenIds, ends_in_group, is_beginning, num_positions
 
 
@@ -129,10 +129,5 @@ def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
 
 def _token_ids_of(ends: Sequence[Text]) -> tuple[tuple[int, ...], ...] | None:
     """Return the ids of texts of one segment of token ids each; None if a text is of another form."""
-    found: list[tuple[int, ...]] = []
-    for end in ends:
-        segments = end.segments
-        if len(segments) != 1 or not isinstance(segments[0], tuple):
-            return None
-        found.append(segments[0])
-    return tuple(found)
+    found = tuple(ids for ids in map(given_ids, ends) if ids is not None)
+    return found if len(found) == len(ends) else None
