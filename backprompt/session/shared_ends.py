@@ -39,7 +39,9 @@ def scores_of_shared_ends(
         return None
     prompts, shapes = grouped
     beginnings = list({id(start): start for start in [*prompts, *starts] if isinstance(start, Text)}.values())
-    ids_of = dict(zip(map(id, beginnings), session.ids_before_more(beginnings), strict=True))
+    if any(start.lm not in (None, texts[0].lm) for start in beginnings):
+        return None
+    ids_of = dict(zip(map(id, beginnings), session.encoder.encode_beginnings(beginnings), strict=True))
     prompt_ids = [ids_of[id(prompt)] for prompt in prompts]
     if not all(prompt_ids) or any(map(ends_in_group, prompt_ids)):
         return None

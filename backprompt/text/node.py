@@ -311,10 +311,9 @@ def sides(text: Text) -> tuple[Text, Text] | None:
 
 
 def given_ids(text: Text) -> tuple[int, ...] | None:
-    """Return the ids of a text of one segment of token ids, which no text behind them changes; else None."""
-    segments = text.segments
-    only = segments[0] if len(segments) == 1 else None
-    return only if isinstance(only, tuple) else None
+    """Return the ids of a text that is built of nothing else, and that no text behind changes; else None."""
+    segment = text._segment or ()
+    return segment if text._left is None and isinstance(segment, tuple) else None
 
 
 def note(text: Text, of: object, value: Any) -> None:
