@@ -158,6 +158,7 @@ def launches(dtype: torch.dtype, sizes: Sequence[int]) -> Iterator[tuple[dict[st
     """Yield descriptions, and functions that launch kernels; plain attention for the first size of heads only."""
     for shift in (0, 1):
         yield {"shift": shift}, partial(others, dtype, shift)
+    yield {"large": True}, partial(large, dtype)
     for size, has_all in ((sizes[0], False), *((size, True) for size in sizes)):
         for tile in tiles_for(size, dtype.itemsize):
             about = {"size": size, "rows": tile.rows, "has_all": has_all}
