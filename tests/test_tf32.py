@@ -1,6 +1,7 @@
 """Where torch multiplies float32 in TF32, models stay packed, with the fast kernels; off CUDA products are rounded."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -42,33 +43,34 @@ def _rounded(factor: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-@pytest.fixture
-def tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    products = torch.backends.cuda.matmul
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Products in TF32: torch's own on CUDA, else rounded ones, which the probe takes for CUDA's."""
+    products, cuda = torch.backends.cuda.matmul, torch.device("cuda")
     before = products.fp32_precision
     products.fp32_precision = "tf32"
     try:
-        with torch.no_grad():
-            if DEVICE.type == "cuda":
-                yield
-            else:
-                cuda = torch.device("cuda")
-                monkeypatch.setattr(probe, "multiplies_in_tf32", lambda device, dtype: multiplies_in_tf32(cuda, dtype))
-                with InTF32():
-                    yield
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.no_grad(),
+            InTF32() if DEVICE.type == "cpu" else nullcontext(),
+        ):
+            patch.setattr(probe, "multiplies_in_tf32", lambda device, dtype: multiplies_in_tf32(cuda, dtype))
+            yield
     finally:
         products.fp32_precision = before
 
 
-@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_kernels_are_compared_with_exact_products(dtype: torch.dtype) -> None:
-    name = {"cpu": "flash_cpu", "cuda": "efficient_cuda"}[DEVICE.type]
-    assert choose_kernel.__wrapped__(DEVICE, dtype, 4, 2, 16).name == name
-    assert choose_pair.__wrapped__(DEVICE, dtype, 4, 2, 16).name == name
+@pytest.mark.parametrize("choose", [choose_kernel, choose_pair])
+def test_fast_kernels_are_compared_with_exact_products(choose: Any, dtype: torch.dtype) -> None:
+    shape = DEVICE, dtype, 4, 2, 16
+    expected = choose.__wrapped__(*shape).name
+    with tf32():
+        assert choose.__wrapped__(*shape).name == expected
+    assert DEVICE.type == "cuda" or expected == "flash_cpu"
 
 
-@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_one_launch_kernel_is_compared_with_exact_products(dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
@@ -76,12 +78,13 @@ def test_the_one_launch_kernel_is_compared_with_exact_products(dtype: torch.dtyp
     from backprompt.attention.tiles import Tile
     from backprompt.attention.triton import reason_against
 
-    assert reason_against.__wrapped__(Shape(DEVICE, dtype, 4, 2, 16), Tile(16, 16, 4, 2), True, True, True) is None
+    with tf32():
+        assert reason_against.__wrapped__(Shape(DEVICE, dtype, 4, 2, 16), Tile(16, 16, 4, 2), True, True, True) is None
 
 
-@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt_oss"])
 def test_models_stay_packed(name: str, tokenizer: Any) -> None:
     lm = LM(FAMILIES[name]().to(DEVICE), tokenizer)
-    lm.evaluate([Text("The cat sat", lm)])
+    with tf32():
+        lm.evaluate([Text("The cat sat", lm)])
     assert lm.session.evaluator.executor.levels is None
