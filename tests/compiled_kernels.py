@@ -156,13 +156,15 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, shift: int) -> torch.Ten
     return torch.empty(math.prod(shape) + shift, dtype=dtype)[shift:].view(shape)
 
 
-def launches(dtype: torch.dtype, sizes: Sequence[int]) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+def launches(
+    capability: int, dtype: torch.dtype, sizes: Sequence[int]
+) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
     """Yield descriptions, and functions that launch kernels; plain attention for the first size of heads only."""
     for shift in (0, 1):
         yield {"shift": shift}, partial(others, dtype, shift)
     yield {"large": True}, partial(large, dtype)
     for size, has_all in ((sizes[0], False), *((size, True) for size in sizes)):
-        for tile in tiles_for(size, dtype.itemsize):
+        for tile in tiles_for(size, dtype.itemsize, has_tensor_cores=capability >= 80):
             about = {"size": size, "rows": tile.rows, "has_all": has_all}
             yield about, partial(attend, dtype, Heads(14, 2, size), tile, has_all=has_all)
 
@@ -172,7 +174,7 @@ def main(capability: int, dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -
     driver = NoDevice(capability)
     triton.runtime.driver.set_active(driver)
     for dtype in dtypes:
-        for about, launch in launches(dtype, sizes):
+        for about, launch in launches(capability, dtype, sizes):
             about = {"dtype": str(dtype), **about}
             driver.compiled.clear()
             try:

@@ -18,10 +18,10 @@ MOST_STACK = 64
 """Bytes of registers that a thread may lay aside."""
 
 
-def compiled(folder: Path, dtype: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def compiled(folder: Path, dtype: str, sizes: Sequence[int], capability: int = 90) -> list[dict[str, Any]]:
     """The compiled kernels, and errors; each process compiles anew."""
     script = Path(__file__).parent / "compiled_kernels.py"
-    command = [sys.executable, script, "90", "--dtypes", dtype, "--sizes", *map(str, sizes)]
+    command = [sys.executable, script, str(capability), "--dtypes", dtype, "--sizes", *map(str, sizes)]
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -35,6 +35,14 @@ def test_every_kernel_compiles_for_an_h100(dtype: str, sizes: Sequence[int], tmp
     assert [kernel for kernel in found if "error" in kernel] == []
     assert {kernel["kernel"] for kernel in found} == set(kernels())
     assert [kernel for kernel in found if kernel["stack"] > MOST_STACK] == []
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no wheel of triton for this platform")
+def test_without_tensor_cores_all_numbers_of_a_tile_lie_in_registers(tmp_path: Path) -> None:
+    """As on a T4, which is of compute capability 7.5."""
+    found = compiled(tmp_path, "float16", (64, 128), 75)
+    assert [kernel for kernel in found if "error" in kernel or kernel["stack"] > MOST_STACK] == []
+    assert "attend_kernel" in {kernel["kernel"] for kernel in found}
 
 
 def kernels() -> list[str]:
