@@ -114,23 +114,30 @@ class Archive:
 
         The spans of prompts are cut where `load` would cut them.
         """
-        looked_up: set[Span] = set()
-        return [fan for fan in fans if self._is_in_the_way(forest, fan, looked_up)]
+        is_there: dict[Span, bool] = {}
+        found: list[Fan] = []
+        for fan in fans:
+            end = fan.parent
+            assert end is not None
+            self._look_up(forest, end, is_there)
+            if self._may_go_on(end) or self._writes_behind(end, fan.shape.max_rows):
+                found.append(fan)
+        return found
 
-    def _is_in_the_way(self, forest: Forest, fan: Fan, looked_up: set[Span]) -> bool:
-        assert fan.parent is not None
-        return self._may_go_on(forest, fan.parent, looked_up) or self._writes_behind(fan.parent, fan.shape.max_rows)
+    def _look_up(self, forest: Forest, end: Span, is_there: dict[Span, bool]) -> None:
+        """Mark the stored spans of a text; add to `is_there` whether each of its spans is held or stored."""
+        for span in end.closure(known=is_there):
+            is_reached = all(parent.parent is None or is_there[parent] for parent in span.parents)
+            if is_reached and span.token_ids and not span.is_held(with_keys_values=True):
+                is_reached = span in self.stored_parts(forest, span)
+            is_there[span] = is_reached
 
-    def _may_go_on(self, forest: Forest, end: Span, looked_up: set[Span]) -> bool:
-        """Return whether `load` may find rows right behind the text that ends here; see `in_the_way`."""
-        finder = Finder(self._store, self._keys)
-        for span in reversed(list(chain(end))):
-            if span not in looked_up and not span.is_held(with_keys_values=True):
-                looked_up |= {span, *self.stored_parts(forest, span)}
+    def _may_go_on(self, end: Span) -> bool:
+        """Return whether `load` may find rows right behind the text that ends here."""
         if not self._can_read:
             return False
         try:
-            return finder.goes_on(end)
+            return Finder(self._store, self._keys).goes_on(end)
         except OSError as error:
             self._note_unreadable(error)
             return False
