@@ -305,9 +305,10 @@ def test_a_look_finds_fans_and_the_store():
     groups=st.lists(st.booleans(), min_size=5, max_size=5),
     persist=st.sampled_from(["always", "explicit", "never"]),
     min_tokens=st.sampled_from([1, 3, 5, 8]),
+    max_tokens=st.sampled_from([40, 1000]),
     data=st.data(),
 )
-def test_a_store_is_read_and_written_as_without_fans(beginnings, groups, persist, min_tokens, data):
+def test_a_store_is_read_and_written_as_without_fans(beginnings, groups, persist, min_tokens, max_tokens, data):
     """Whatever is scored, evaluated, saved, looked at, deleted and forgotten, by one `LM` after the other."""
     choose = data.draw
     prompts = list(zip(beginnings, groups, strict=False))
@@ -327,16 +328,16 @@ def test_a_store_is_read_and_written_as_without_fans(beginnings, groups, persist
     with mock.patch("backprompt.evaluation.archive.MIN_TOKENS", min_tokens):
         for context in (nullcontext(), without_fans()):
             with context:
-                logs.append(list(done(steps, MemoryStore(persist=persist))))
+                logs.append(list(done(steps, MemoryStore(persist=persist), max_tokens)))
     for step, found, expected in zip(steps, *logs, strict=True):
         assert found[:-1] == expected[:-1], step
         if found[-1] is not None:
             assert_close(found[-1], expected[-1])
 
 
-def done(steps, store):
+def done(steps, store, max_tokens):
     """Carry out the steps; yield the work so far, the stored entries, and the scores of each."""
-    lm = make_lm(store=store)
+    lm = make_lm(store=store, max_tokens_per_forward=max_tokens)
     for kind, *details in steps:
         scores = None
         if kind == "score":
@@ -345,7 +346,7 @@ def done(steps, store):
         elif kind == "clear":
             lm.clear()
         elif kind == "another":
-            lm = make_lm(store=store)
+            lm = make_lm(store=store, max_tokens_per_forward=max_tokens)
         elif kind == "delete":
             for name in names(store)[details[0] :: 10]:
                 store.delete(name)
