@@ -29,7 +29,8 @@ VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # The tests whose models lie on the device that BACKPROMPT_TEST_DEVICE names.
-BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients)
+BY_DEVICE := $(patsubst %,tests/test_%.py,models laws logprobs groups memory generate classify store spread training gradients \
+  beams lookahead attention_maps distributions steps)
 
 .PHONY: help demo bench docs pages pictures venv check package test vllm families format clean
 .DEFAULT_GOAL := help

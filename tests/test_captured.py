@@ -36,6 +36,7 @@ from reference import plain_greedy, plain_token_logprobs
 from tiny_models import FAMILIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKWARDS = torch.tensor([3, 2, 1, 0])
 LAUNCH = Launch(Tile(rows=16, keys=64, warps=4, stages=2), 1, 1000)
 
 
@@ -414,7 +415,9 @@ def test_the_table_of_sources_lives_as_long_as_its_graph(
         (lambda numbers: numbers[numbers > 1], True),
         (lambda numbers: torch.where(numbers > 1), True),
         (lambda numbers: numbers.to("meta"), True),
-        (lambda numbers: numbers[torch.tensor([1, 0])].to(torch.float64) + 1, False),
+        (lambda numbers: numbers[BACKWARDS.to("meta")], True),
+        (lambda numbers: torch.tensor([1.0], device="cpu") + numbers, True),
+        (lambda numbers: numbers[BACKWARDS].to(torch.float64) + 1, False),
     ],
 )
 def test_work_that_waits_is_refused_before_it_is_recorded(work: Callable[..., Any], is_refused: bool) -> None:

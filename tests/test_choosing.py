@@ -164,14 +164,15 @@ def test_operations_of_a_step_are_few_however_many_texts_it_has(model, tokenizer
     assert num_operations(64) == num_operations(8) < 150
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("num_tokens", [1, 7, 320, 3526])
-def test_random_numbers_are_those_of_multinomial(model, tokenizer, num_tokens):
+def test_random_numbers_are_those_of_multinomial(model, tokenizer, num_tokens, device):
     """Step after step, in one tensor, each row gets the numbers that it would get alone."""
     decoding = make_decoding(model, tokenizer, {"do_sample": True, "top_k": 0}, 50)
     texts = [TextDecoding(decoding, [3, 4], idx) for idx in range(9)]
-    generators = [decoding.generator([3, 4], idx, torch.device("cpu")) for idx in range(9)]
+    generators = [decoding.generator([3, 4], idx, torch.device(device)) for idx in range(9)]
     for _ in range(20):
-        rows = torch.randn(9, num_tokens) * 3
+        rows = torch.randn(9, num_tokens, device=device) * 3
         choose(texts, [{text.completion: row} for row, text in enumerate(texts)], Logits([rows], 9))
         expected = [
             int(torch.multinomial(row.softmax(dim=-1), 1, generator=generator))

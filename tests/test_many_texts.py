@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backprompt import LM, Text
+from backprompt import LM, MixedModelsError, Text
 from backprompt.classify import log_probs
 from backprompt.evaluation.pools import TENSOR_BYTES
 from backprompt.model.weights import WeightsMonitor
@@ -103,6 +103,19 @@ def test_scores_of_many_are_those_of_each(tree, data):
             assert_close(scores.logprobs, logprobs[start:])
             assert scores.is_argmax.shape == scores.logprobs.shape
     assert [scores.logprobs.shape for scores in lm.token_scores([])] == []
+
+
+def test_a_prompt_without_a_model_is_scored_with_its_ends():
+    lm = LM(MODEL, TOKENIZER)
+    prompt, ends = Text("The cat"), [Text.from_tokens(ids, lm) for ids in ([5, 6], [7])]
+    texts = [prompt + end for end in ends]
+    expected = [Text.from_tokens(text.tokens, LM(MODEL, TOKENIZER)).token_logprobs for text in texts]
+    for start in (0, prompt):
+        num_before = len(lm.tokens(Text("The cat", lm))) if start else 0
+        for found, logprobs in zip(lm.token_logprobs(texts, [start] * 2), expected, strict=True):
+            assert_close(found, logprobs[num_before:])
+    with pytest.raises(MixedModelsError, match="two different LM"):
+        lm.token_logprobs(texts, [Text("The", LM(MODEL, TOKENIZER))] * 2)
 
 
 def test_tensors_of_texts_are_views_that_do_not_overlap():

@@ -338,6 +338,7 @@ def test_an_address_that_nobody_listens_at_says_what_to_check():
     for ask in (
         lambda: store.get(make_entry(1).header.name),
         lambda: store.longest("root", [1]),
+        lambda: store.goes_on("root", [1]),
         lambda: list(store.list()),
     ):
         with pytest.raises(OSError, match="Check the address") as caught:

@@ -8,7 +8,7 @@ import torch
 from transformers.generation import logits_process as kinds
 
 from backprompt.generation.choosing import is_quick_the_same
-from backprompt.generation.quick import first_of_largest, in_rising_order, quickly_processed
+from backprompt.generation.quick import few, first_of_largest, in_rising_order, quickly_processed
 
 VOCAB = 3000
 IDS = torch.zeros((1, 7), dtype=torch.long)
@@ -18,6 +18,8 @@ PROCESSORS = [
     *(kinds.TopPLogitsWarper(top_p=share) for share in (0.0, 0.05, 0.5, 0.9, 0.999, 1.0)),
     kinds.TopPLogitsWarper(top_p=0.2, min_tokens_to_keep=40),
     kinds.TopPLogitsWarper(top_p=0.2, min_tokens_to_keep=VOCAB + 1),
+    kinds.TopKLogitsWarper(top_k=5, filter_value=-7.0),
+    *(kinds.TopPLogitsWarper(0.5, filter_value=-7.0, min_tokens_to_keep=num) for num in (1, VOCAB)),
     *(kinds.MinLengthLogitsProcessor(num, [1, 2999, 5000]) for num in (7, 8)),
     *(kinds.MinNewTokensLengthLogitsProcessor(3, num, [1, 2999, 5000]) for num in (4, 5)),
 ]
@@ -58,7 +60,9 @@ def test_possible_scores_alone_are_sorted(num_possible):
     scores[::2, num_possible:] = scores[1::2, num_possible // 2 :] = -math.inf
     if num_possible:
         scores[0, 0], scores[2, 0] = math.nan, math.inf
-    np.testing.assert_array_equal(in_rising_order(scores.numpy()), np.sort(scores.numpy(), axis=-1))
+    numbers = scores.numpy()
+    found = in_rising_order(numbers, few(numbers != -np.inf))
+    np.testing.assert_array_equal(found, np.sort(numbers, axis=-1))
 
 
 def test_one_processor_after_the_other():

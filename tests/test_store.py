@@ -532,7 +532,10 @@ def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatc
         with DiskStore(tmp_path / "store") as store:
             for entry in entries:
                 ids = entry.header.token_ids
+                store.goes_on("root", ids[:2])  # an index may lack entries
                 assert store.longest("root", ids) == Match(entry.header.name, len(ids))
+                assert store.goes_on("root", ids[:2])
+                assert not store.goes_on("root", ids)
                 assert_same(store.get(entry.header.name), entry)
             assert sorted(header.text for header in store.find("")) == ["text 0", "text 1", "text 2"]
             stats = store.stats()

@@ -439,6 +439,16 @@ def test_token_ids_stay_as_they_are_and_strings_behind_them_are_continuations(na
     assert text_of(segments, lm(name)).tokens == reference_ids(name, segments)
 
 
+@pytest.mark.parametrize("joins", ["exact", "split"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(segments=segment_lists)
+def test_a_beginning_has_its_ids_of_the_text_with_more_ids(name, joins, segments):
+    model = lm(name, joins=joins)
+    text = text_of(segments, model)
+    followed = text + Text.from_tokens([5], model)
+    assert model.session.encoder.encode_beginnings([text]) == [followed.tokens[:-1]]
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ref_and_und_make_refund(name):
     """SentencePiece would put a dummy space before "und"."""

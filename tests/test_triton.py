@@ -255,9 +255,15 @@ def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind() -> None:
     launcher.launch(7, [tensor], [32], [0.5])
     launcher.launch(7, [tensor[16:]], [64], [1.5])
     assert calls == [("kernel", (tensor, 32, 0.5)), ("compiled", (tensor[16:].data_ptr(), 64, 1.5, 1, False))]
-    for tensors, sizes in (([tensor[1:]], [32]), ([tensor], [1]), ([tensor], [17]), ([tensor], [1 << 31])):
+    for tensors, sizes, others in (
+        ([tensor[1:]], [32], [0.5]),
+        ([tensor], [1], [0.5]),
+        ([tensor], [17], [0.5]),
+        ([tensor], [1 << 31], [0.5]),
+        ([tensor], [32], [1 << 31]),
+    ):
         calls.clear()
-        launcher.launch(7, tensors, sizes, [0.5])
+        launcher.launch(7, tensors, sizes, others)
         assert [name for name, _ in calls] == ["kernel"]
 
 

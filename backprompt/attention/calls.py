@@ -216,7 +216,7 @@ class PreparedCalls:
         if not call.needs_mask:
             return _Masked(call, call.keys, last_stop=last_stop)
         if call.is_own and call.window is None and not last_stop:
-            until = np.array(call.segments[0].visible_until) - call.rows.start
+            until = np.array(call.segments[0].visible_until, dtype=np.int32) - call.rows.start
             mask = known.get(until.tobytes())
             if mask is None:
                 visible = on_device(_visible_tree(until), query.device)
@@ -248,10 +248,12 @@ def _visible(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:
     return _visible_own(call, positions) if call.is_own else _visible_others(call, positions)
 
 
-def _visible_tree(until: Ints) -> npt.NDArray[np.bool_]:
+def _visible_tree(until: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     """Return which rows see which rows, `(rows, rows)`; `until`: for each row, the row behind the last that sees it."""
-    row_idx = np.arange(len(until))
-    return (row_idx <= row_idx[:, None]) & (row_idx[:, None] < until)
+    row_idx = np.arange(len(until), dtype=until.dtype)
+    visible: npt.NDArray[np.bool_] = row_idx[:, None] < until
+    visible &= row_idx <= row_idx[:, None]
+    return visible
 
 
 def _visible_own(call: Call, positions: Ints) -> npt.NDArray[np.bool_]:

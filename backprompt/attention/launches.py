@@ -44,7 +44,8 @@ class Launcher:
     ) -> None:
         """Launch `num_programs` programs on the current device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
-        kind = *[address % 16 for address in addresses], *[_kind_of(size) for size in sizes]
+        is_long = max(others, default=0) >= 1 << 31
+        kind = *[address % 16 for address in addresses], *[_kind_of(size) for size in sizes], is_long
         compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[num_programs, 1, 1](*addresses, *sizes, *others, *self._values)

@@ -65,10 +65,17 @@ def launch_for(shape: Shape, segments: Segments) -> Launch:
 
     A tile of many rows wastes work if each segment has few rows, as in a step of generation.
     """
-    many, few = (Launch(tile) for tile in tiles_for(shape.head_dim, shape.dtype.itemsize))
+    tiles = tiles_for(shape.head_dim, shape.dtype.itemsize, has_tensor_cores=_has_tensor_cores(shape.device))
+    many, few = map(Launch, tiles)
     if len(segments.positions) * shape.group <= FEW_ROWS:
         return few
     return few if few.num_pieces(shape, segments) * COST_OF_FEW <= many.num_pieces(shape, segments) else many
+
+
+@lru_cache(maxsize=16)
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Return whether Triton multiplies half precision in tensor cores: on CUDA from compute capability 8.0 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(maxsize=16)

@@ -56,7 +56,19 @@ LEAST_PIECES = 4
 """The smallest number of pieces of keys for which a separate program is worth the join."""
 
 
-def tiles_for(head_dim: int, num_bytes: int) -> tuple[Tile, Tile]:
-    """Return the tiles for many and for few rows, for a head size up to `LARGEST_HEAD` and the bytes of a number."""
-    table = _TILES[num_bytes]
-    return next(tiles for largest, tiles in table.items() if head_dim <= largest)
+def tiles_for(head_dim: int, num_bytes: int, *, has_tensor_cores: bool = True) -> tuple[Tile, Tile]:
+    """Return the tiles for many and for few rows.
+
+    Without tensor cores, half precision takes float32's tile for few rows. In all larger tiles the compiled kernel
+    keeps numbers in slow memory (compiled for compute capability 7.5, and not timed).
+
+    Args:
+        head_dim: the size of heads, up to `LARGEST_HEAD`.
+        num_bytes: the bytes of a number.
+        has_tensor_cores: whether Triton multiplies half precision in tensor cores.
+
+    """
+    if num_bytes == 2 and not has_tensor_cores:
+        _, few = tiles_for(head_dim, 4)
+        return few, few
+    return next(tiles for largest, tiles in _TILES[num_bytes].items() if head_dim <= largest)

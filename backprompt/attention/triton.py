@@ -387,14 +387,14 @@ def _largest_gap(shape: Shape, tile: Tile, has_window: bool, has_softcap: bool, 
             is_ancestor = 1 <= row < 4 if idx < 38 else idx - 38 <= row < until[idx - 38]
             visible[row, idx] = is_ancestor and (not has_window or positions[row] - position < 6)
     expected, lse = clear_kernel(
-        query,
+        query.double(),  # torch multiplies no float64 in TF32
         torch.cat([block.key, block.key, key], dim=1),
         torch.cat([block.value, block.value, value], dim=1),
         scoring.scaling,
         False,
-        additive_mask(visible.to(shape.device), torch.float32),
+        additive_mask(visible.to(shape.device), torch.float64),
         softcap=scoring.softcap,
     )
     if sinks is not None:
-        expected = expected.float() * torch.sigmoid(lse - sinks)[..., None]
-    return float((output.float() - expected.float()).abs().max())
+        expected = expected * torch.sigmoid(lse - sinks)[..., None]
+    return float((output - expected).abs().max())

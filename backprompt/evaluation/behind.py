@@ -69,10 +69,13 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
     forest = computation.forest
     num_prompts = Counter(behind.shape for behind in prompts)
     max_rows = computation.max_tokens // FANS_IN_A_PASS
+    fan_shapes = {
+        shape
+        for shape, num in num_prompts.items()
+        if (len(shape.completions) > 1 or num > 1) and shape.has_rows and shape.num_rows <= max_rows
+    }
     fans: list[Fan | None] = [
-        forest.fan(end, shape)
-        if (len(shape.completions) > 1 or num_prompts[shape] > 1) and shape.has_rows and shape.num_rows <= max_rows
-        else None
+        forest.fan(end, shape) if shape in fan_shapes else None
         for end, (_, shape, _) in zip(ends, prompts, strict=True)
     ]
     if computation.archive is not None:

@@ -307,6 +307,7 @@ class Computation:
         num_tokens = num_tokens_of(with_tokens)
         num_recomputed = num_tokens_of(span for span in with_tokens if span.was_computed)
         with self.forest.changing():
+            evaluation = self.forest.stamp()
             if computed is not None:
                 for span in computed.states_of:
                     if span.error:  # it was loaded inexactly once, and pooled logits may depend on it
@@ -318,7 +319,7 @@ class Computation:
                 if isinstance(span, Junction):
                     span.place(keys_values=NOTHING, states=NOTHING)
                 span.was_computed = True
-                span.computed_in = self.forest.stamp()
+                span.computed_in = evaluation
             self.memory.note(spans)
         if computed is not None:
             self.note_work(computed.work)

@@ -29,7 +29,6 @@ from backprompt.forest.span import Span, pass_on_history
 from backprompt.tokens.graph import common_length
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
-SmallInts: TypeAlias = "npt.NDArray[np.int32]"
 
 
 class Piece(NamedTuple):
@@ -64,10 +63,10 @@ class Rows:
     """
 
     token_ids: tuple[int, ...]
-    depths: SmallInts
-    until: SmallInts
-    parents: SmallInts
-    ends: SmallInts
+    depths: tuple[int, ...]
+    until: tuple[int, ...]
+    parents: tuple[int, ...]
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +136,18 @@ class Shape:
         ids: list[int] = []
         while parent >= 0:
             ids.append(self.rows.token_ids[parent])
-            parent = int(self.rows.parents[parent])
+            parent = self.rows.parents[parent]
         return tuple(reversed(ids))
 
     def pieces(self) -> list[Piece]:
         """Return the pieces that the rows unfold into, each after the piece that it continues."""
         rows = self.rows
-        depths, parents, ends = rows.depths.tolist(), rows.parents.tolist(), set(rows.ends.tolist())
+        parents, ends = rows.parents, set(rows.ends)
         firsts = {row for row, parent in enumerate(parents) if parent != row - 1 or parent in ends}
         bounds = sorted({0, self.num_rows} | firsts | {parents[row] + 1 for row in firsts})
         idx_of = {-1: None} | {stop - 1: idx for idx, stop in enumerate(bounds[1:])}
         return [
-            Piece(start, stop, depths[start], idx_of[parents[start]], stop - 1 in ends)
+            Piece(start, stop, rows.depths[start], idx_of[parents[start]], stop - 1 in ends)
             for start, stop in itertools.pairwise(bounds)
         ]
 
@@ -188,9 +187,7 @@ class Shape:
         for done in way:
             until[done] = len(token_ids)
         ends = sorted({own[-1] for own in way_of.values() if own})
-        rows = Rows(
-            tuple(token_ids), *(np.array(numbers, dtype=np.int32) for numbers in (depths, until, parents, ends))
-        )
+        rows = Rows(*map(tuple, (token_ids, depths, until, parents, ends)))
         index: list[int] = []
         for ids in self.completions:
             way = way_of[ids[:-1]]
@@ -222,8 +219,7 @@ class Fan(Span):
     @property
     def positions(self) -> Sequence[int]:
         """The position of each token."""
-        positions: list[int] = (self.shape.rows.depths + self.position).tolist()
-        return positions
+        return [self.position + depth for depth in self.shape.rows.depths]
 
     def unfolded(self) -> list[Span]:
         """Return new spans for the shape's rows, depth first. They hold no data, and their parents do not know them."""

@@ -59,10 +59,10 @@ def _num_missing(root: Span, children: Mapping[Span, list[Span]]) -> dict[Span, 
     top_down = [root]
     for span in top_down:
         top_down += children.get(span, ())
-    num_missing: dict[Span, int] = {}
+    num_missing = {span: len(span.token_ids) if _is_missing(span) else 0 for span in top_down}
     for span in reversed(top_down):
-        own = len(span.token_ids) if _is_missing(span) else 0
-        num_missing[span] = own + sum(map(num_missing.__getitem__, children.get(span, ())))
+        if span.parent is not None:
+            num_missing[span.parent] += num_missing[span]
     return num_missing
 
 

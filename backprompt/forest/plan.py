@@ -242,6 +242,12 @@ class _Layout:
             parent_idx = self.idx_of.get(_parent(spans[idx]))
             if parent_idx is not None:
                 self.subtree_ends[parent_idx] = max(self.subtree_ends[parent_idx], self.subtree_ends[idx])
+        self._until: list[int] = []  # for each row, the row at which its last descendant ends
+        for span, start, subtree_end in zip(spans, self.starts, self.subtree_ends, strict=False):
+            if isinstance(span, Fan):
+                self._until += [start + row for row in span.shape.rows.until]
+            else:
+                self._until += [self.starts[subtree_end]] * len(span.token_ids)
 
     def end_of_tile(self, idx: int, tile_tokens: int) -> int:
         """Return the idx after the sibling subtrees from `idx` on that fit into one tile; `idx` if none fits."""
@@ -273,22 +279,10 @@ class _Layout:
 
         A chain has no gaps of positions, so a window covers as many rows as positions.
         """
-        inner = [self.spans[i] for i in range(idx + 1, end)]
-        has_fan = any(isinstance(self.spans[i], Fan) for i in range(idx, end))
-        if (
-            not has_fan
-            and all(span.parent is before for span, before in zip(inner, self.spans[idx:end], strict=False))
-            and not any(span.begins_chain for span in inner)
-        ):
-            return None
-        until: list[int] = []
-        for i in range(idx, end):
-            span, start = self.spans[i], self.starts[i]
-            if isinstance(span, Fan):
-                until += (span.shape.rows.until + start).tolist()
-            else:
-                until += [self.starts[self.subtree_ends[i]]] * len(span.token_ids)
-        return tuple(until)
+        until = tuple(self._until[self.starts[idx] : self.starts[end]])
+        spans = self.spans[idx:end]
+        is_chain = until.count(self.starts[end]) == len(until) and not any(isinstance(span, Fan) for span in spans)
+        return None if is_chain and not any(span.begins_chain for span in spans[1:]) else until
 
 
 def _merge_small(own: Sequence[KeySegment], tile_tokens: int) -> list[KeySegment]:

@@ -20,6 +20,9 @@ from transformers.generation import logits_process as kinds
 Scores: TypeAlias = "npt.NDArray[Any]"
 """Scores, `(rows, vocab)`."""
 
+Places: TypeAlias = "npt.NDArray[np.int64]"
+"""Indices of scores, counted through all rows, in rising order."""
+
 MAX_SHARE_SORTED_ALONE = 1 / 8
 """The largest share of chosen scores for which only the chosen scores are sorted."""
 
@@ -44,12 +47,16 @@ def _top_k(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     if not bool(scores.amax(dim=-1).isfinite().all()):  # nan is neither more nor less than a score
         found: Tensor = processor(ids, scores)
         return found
-    borders = _kth_largest(scores.numpy(), min(processor.top_k, scores.shape[1]))
-    return _not_below(scores, torch.from_numpy(borders), processor.filter_value)
+    numbers, k = scores.numpy(), min(processor.top_k, scores.shape[1])
+    large = _few_with_k_largest(numbers, k)
+    largest = np.partition(numbers, -k, axis=-1) if large is None else _sorted_alone(numbers, large)
+    return _not_below(scores, largest[:, -k, None], processor.filter_value, large)
 
 
 def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
-    ascending = torch.from_numpy(in_rising_order(scores.numpy()))
+    numbers = scores.numpy()
+    possible = few(numbers != -np.inf)
+    ascending = torch.from_numpy(in_rising_order(numbers, possible))
     if not bool(ascending[:, -1].isfinite().all()):
         found: Tensor = processor(ids, scores)
         return found
@@ -60,7 +67,8 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     num_removed = torch.searchsorted(shares, allowed, right=True) + num_impossible
     num_removed.clamp_(max=max(0, scores.shape[1] - processor.min_tokens_to_keep))
     border = ascending.gather(1, num_removed)
-    kept = _not_below(scores, border, processor.filter_value)
+    among = possible if processor.filter_value == -np.inf else None
+    kept = _not_below(scores, border.numpy(), processor.filter_value, among)
     is_tied = (num_removed > 0) & (border == ascending.gather(1, (num_removed - 1).clamp_(min=0)))
     if bool(is_tied.any()):  # only some of equal scores are kept, chosen by the order of torch's sort
         tied = is_tied[:, 0].nonzero()[:, 0]
@@ -68,41 +76,39 @@ def _top_p(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     return kept
 
 
-def _kth_largest(scores: Scores, k: int) -> Scores:
-    """Return the k-th largest score of each row, `(rows, 1)`; no score may be NaN.
+def _few_with_k_largest(scores: Scores, k: int) -> Places | None:
+    """Return a few places that have the k largest scores of each row; None if there are many; no score may be NaN.
 
-    The scores are divided into groups. The k-th largest of the groups' maxima is a lower bound, and only the few scores
-    from this bound up are sorted.
+    The scores are divided into groups. The k-th largest of the groups' maxima is a lower bound of the k-th largest
+    score.
     """
     num_groups = 4 * k
     num_grouped = scores.shape[1] // num_groups * num_groups
-    if num_grouped:
-        maxima = scores[:, :num_grouped].reshape(len(scores), -1, num_groups).max(axis=1)
-        is_large = scores >= np.partition(maxima, -k, axis=-1)[:, -k, None]
-        if _are_few(is_large):
-            return _sorted_alone(scores, is_large)[:, -k, None]
-    return np.partition(scores, -k, axis=-1)[:, -k, None]
+    if not num_grouped:
+        return None
+    maxima = scores[:, :num_grouped].reshape(len(scores), -1, num_groups).max(axis=1)
+    return few(scores >= np.partition(maxima, -k, axis=-1)[:, -k, None])
 
 
-def in_rising_order(scores: Scores) -> Scores:
-    """Return the scores of each row in rising order; after top-k most are -inf, and only the others are sorted."""
-    is_possible = scores != -np.inf
-    if not _are_few(is_possible):
+def in_rising_order(scores: Scores, possible: Places | None) -> Scores:
+    """Return the scores of each row in rising order; `possible`: the places of scores above -inf, if these are few."""
+    if possible is None:
         return np.sort(scores, axis=-1)
-    possible = _sorted_alone(scores, is_possible)
+    alone = _sorted_alone(scores, possible)
     ascending = np.full_like(scores, -np.inf)
-    ascending[:, scores.shape[1] - possible.shape[1] :] = possible
+    ascending[:, scores.shape[1] - alone.shape[1] :] = alone
     return ascending
 
 
-def _are_few(are_chosen: npt.NDArray[np.bool_]) -> bool:
-    return bool(np.count_nonzero(are_chosen) <= MAX_SHARE_SORTED_ALONE * are_chosen.size)
+def few(are_chosen: npt.NDArray[np.bool_]) -> Places | None:
+    """Return the places of chosen scores, `(rows, vocab)`, if these are few, else None."""
+    are_few = np.count_nonzero(are_chosen) <= MAX_SHARE_SORTED_ALONE * are_chosen.size
+    return np.flatnonzero(are_chosen) if are_few else None
 
 
-def _sorted_alone(scores: Scores, are_chosen: npt.NDArray[np.bool_]) -> Scores:
-    """Return the chosen scores of each row in rising order; rows with fewer than others begin with -inf."""
+def _sorted_alone(scores: Scores, places: Places) -> Scores:
+    """Return the scores of each row at these places in rising order; rows with fewer than others begin with -inf."""
     num_rows, vocab = scores.shape
-    places = np.flatnonzero(are_chosen)
     starts = np.searchsorted(places, np.arange(num_rows + 1) * vocab)
     nums = np.diff(starts)
     found = np.full((num_rows, nums.max()), -np.inf, dtype=scores.dtype)
@@ -127,11 +133,17 @@ def _min_new_tokens(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     return _without_ends(processor, ids, scores) if num_new < processor.min_new_tokens else scores
 
 
-def _not_below(scores: Tensor, borders: Tensor, filter_value: float) -> Tensor:
-    """Return scores with `filter_value` for all scores below the border of their row, `(rows, 1)`."""
-    found = torch.full_like(scores, filter_value)
-    kept = np.flatnonzero(scores.numpy() >= borders.numpy())  # a mask of all tokens takes twice as long
-    np.put(found.numpy(), kept, scores.numpy().take(kept))
+def _not_below(scores: Tensor, borders: Scores, filter_value: float, among: Places | None) -> Tensor:
+    """Return scores with `filter_value` for all scores below the border of their row, `(rows, 1)`.
+
+    `among`: places that have all scores not below the borders, if there are few; else None.
+    """
+    found, numbers = torch.full_like(scores, filter_value), scores.numpy()
+    if among is None:
+        kept = np.flatnonzero(numbers >= borders)  # a mask of all tokens takes twice as long
+    else:
+        kept = among[numbers.take(among) >= borders.take(among // scores.shape[1])]
+    np.put(found.numpy(), kept, numbers.take(kept))
     return found
 
 

@@ -23,7 +23,7 @@ from backprompt.inspection.explanation import BY_INDEX, Named
 from backprompt.inspection.gaps import Gaps, gaps_of
 from backprompt.inspection.missing import shown_segment
 from backprompt.model import skeleton
-from backprompt.model.quantized import compared_as
+from backprompt.model.quantized import compared_as, multiplies_in_tf32
 from backprompt.progress import Bar, check_show, is_wanted
 from backprompt.session.representation import check_current
 from backprompt.text.checks import listed_texts
@@ -356,15 +356,6 @@ def _compare(
         cost=cost,
         nodes=nodes,
     )
-
-
-def multiplies_in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch rounds the factors of matrix products to TF32, for a device and the dtype of weights."""
-    if device.type != "cuda" or dtype != torch.float32:
-        return False
-    products: Any = torch.backends.cuda.matmul
-    precision = getattr(products, "fp32_precision", None)  # older versions of torch have the other attribute alone
-    return bool(products.allow_tf32) if precision is None else precision == "tf32"
 
 
 @dataclass

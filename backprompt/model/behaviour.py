@@ -1,7 +1,7 @@
-"""The behaviour of a model besides its tensors: its configurations, and `forward` methods that were replaced.
+"""The behaviour of a model besides its tensors: its configurations, `forward` methods that were replaced, and hooks.
 
 Trainers wrap `forward` for precision and for calls of their own, and accelerate wraps it for its hooks. Such wrappers
-change no number, so they do not count as changes.
+change no number, so they do not count as changes. Hooks of accelerate do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backprompt.model.attributes import AttributeMonitor
 from backprompt.model.skeleton import configs_of, replaced_forward
+from backprompt.model.spread import HOOK
 
 UNIMPORTANT_CONFIG = frozenset(
     {
@@ -34,11 +35,12 @@ UNIMPORTANT_CONFIG = frozenset(
     }
 )
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+_ATTRIBUTES = ("forward", HOOK)
 _MAX_DEPTH = 4
 
 
 class BehaviourMonitor:
-    """The configurations and replaced methods of a model at one moment."""
+    """The configurations, replaced methods and hooks of accelerate of a model at one moment."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
@@ -46,22 +48,26 @@ class BehaviourMonitor:
         self._configs = [vars(config) for config in configs_of(model)]
         self._seen = list(map(_copied, self._configs))  # compared as a whole in each look, unimportant values included
         self._values = [_values_of(config) for config in self._seen]
-        self._forwards = AttributeMonitor(self._tables, "forward")
-        self._replaced = list(map(replaced_forward, self._modules))
+        self._attributes = AttributeMonitor(self._tables, _ATTRIBUTES)
+        self._replacements = self._read_replacements()
 
     def has_changed(self) -> bool:
-        """Return whether a configuration has another value, or a module another method."""
+        """Return whether a configuration has another value, or a module another method or hook."""
         if self._configs != self._seen:
             if list(map(_values_of, self._configs)) != self._values:
                 return True
             self._seen = list(map(_copied, self._configs))
-        if not self._forwards.has_changed():
+        if not self._attributes.have_changed():
             return False
-        forwards = AttributeMonitor(self._tables, "forward")
-        if not all(map(operator.is_, map(replaced_forward, self._modules), self._replaced)):
+        attributes = AttributeMonitor(self._tables, _ATTRIBUTES)
+        if not all(map(operator.is_, self._read_replacements(), self._replacements)):
             return True
-        self._forwards = forwards
+        self._attributes = attributes
         return False
+
+    def _read_replacements(self) -> list[object]:
+        """Return the replaced method of each module, and its hook; None for each that it lacks."""
+        return [*map(replaced_forward, self._modules), *(table.get(HOOK) for table in self._tables)]
 
 
 def _copied(config: Mapping[str, object]) -> dict[str, object]:

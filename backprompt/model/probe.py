@@ -39,7 +39,7 @@ from backprompt.model.in_flight import Computed, is_about_marker
 from backprompt.model.levels import Levels
 from backprompt.model.levels_probe import ways_by_levels
 from backprompt.model.limits import Limits
-from backprompt.model.quantized import compared_as, special_weights
+from backprompt.model.quantized import compared_as, multiplies_in_tf32, special_weights
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest gap in logits, absolute below 1 and relative to the largest logit above: docs/design/exactness.md.
@@ -138,7 +138,7 @@ def _fault(
             for idx in (~are_distributions(logits)).nonzero()[:, 0].tolist():
                 raise executor.logits_error(logits[idx], ids[: idx + 1])
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
-        tolerance = TOLERANCE[compared_as(model, logits.dtype)]
+        tolerance = TOLERANCE[_as_multiplied(compared_as(model, logits.dtype), executor.device)]
         gap = float(differences(logits.float(), plain.float()).max())
         if not gap <= tolerance * scale:
             if executor.levels is not None:
@@ -151,7 +151,7 @@ def _fault(
                 f"than {tolerance * scale:.0e} for {dtype}. Something in it mixes tokens outside attention, so "
                 "its texts cannot share a pass."
             )
-    allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[dtype]
+    allowed = (_CHANGE_BY_EXPERTS if has_experts else _CHANGE)[_as_multiplied(dtype, executor.device)]
     if not change <= allowed:
         return UnsupportedModelError(
             f"{name} gives a text other hidden states when other texts in the same pass change: by {change:.2e} of the "
@@ -188,7 +188,13 @@ def _is_causal(plain_model: nn.Module, executor: Executor) -> bool:
     alone: Tensor = plain_model(input_ids=torch.tensor([texts[0][:start]], device=executor.device)).logits[0]
     dtype = max(skeleton.head_dtype(plain_model), alone.dtype, key=TOLERANCE.__getitem__)
     gaps = differences(alone.float(), plain_logits[0, :start].float()).amax(dim=-1)
-    return float(gaps.min()) <= TOLERANCE[dtype] * max(1.0, float(alone.abs().max()))
+    tolerance = TOLERANCE[_as_multiplied(dtype, executor.device)]
+    return float(gaps.min()) <= tolerance * max(1.0, float(alone.abs().max()))
+
+
+def _as_multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype whose tolerances fit numbers in `dtype`: TF32 rounds factors to as many bits as float16 has."""
+    return torch.float16 if multiplies_in_tf32(device, dtype) else dtype
 
 
 def differences(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -255,7 +261,8 @@ def _refused_placeholders(plain_model: nn.Module, executor: Executor) -> frozens
     finally:
         forest.clear()
         executor.refuse_placeholders(placeholders)
-    allowed = TOLERANCE[packed.dtype] * float(plain.abs().max()) * (1 if packed.itemsize > 2 else 1 / 8)
+    tolerance = TOLERANCE[_as_multiplied(packed.dtype, executor.device)]
+    allowed = tolerance * float(plain.abs().max()) * (1 if packed.itemsize > 2 else 1 / 8)
     return frozenset() if float(differences(packed.float(), plain.float()).max()) <= allowed else placeholders
 
 

@@ -72,6 +72,15 @@ def compared_as(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
     return COARSE if is_coarse and dtype.itemsize > COARSE.itemsize else dtype
 
 
+def multiplies_in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch rounds the factors of matrix products to TF32, for a device and the dtype of weights."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return False
+    products: Any = torch.backends.cuda.matmul
+    precision = getattr(products, "fp32_precision", None)  # older versions of torch have the other attribute alone
+    return bool(products.allow_tf32) if precision is None else precision == "tf32"
+
+
 def copied_weights(model: nn.Module) -> set[int]:
     """Return the ids of weights that private copies cannot share.
 

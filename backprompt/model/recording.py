@@ -67,6 +67,7 @@ _WAITING = frozenset(
         _ATEN._unique2,
         _ATEN.bincount,
         _ATEN.equal,
+        _ATEN.lift_fresh,  # of `torch.tensor(numbers, device=...)`, which copies the numbers out of a mode's sight
         _ATEN.masked_select,
         _ATEN.nonzero,
         _ATEN.repeat_interleave,
@@ -75,7 +76,7 @@ _WAITING = frozenset(
     }
 )
 _PICKING = frozenset({_ATEN.index, _ATEN.index_put, _ATEN.index_put_})
-"""Operations that wait for the device if an index is a mask."""
+"""Operations that wait for the device if an index is a mask, or lies elsewhere."""
 _COPYING = frozenset({_ATEN._to_copy, _ATEN.copy_})
 
 
@@ -101,7 +102,7 @@ class NoWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flat = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         tensors = [each for each in flat if isinstance(each, Tensor)]
         is_here = any(tensor.device.type == self._device_type for tensor in tensors)
-        picks = packet in _PICKING and any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+        picks = packet in _PICKING and any(map(self._is_waited_for, tensors[1:]))
         if is_here and (packet in _WAITING or picks):
             raise CannotStandError(f"the model waits for the device in {packet}")
         found = func(*args, **(kwargs or {}))
@@ -109,6 +110,9 @@ class NoWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet in _COPYING and len(devices) > 1:
             raise CannotStandError("the model copies numbers from one device to another")
         return found
+
+    def _is_waited_for(self, index: Tensor) -> bool:
+        return index.dtype in (torch.bool, torch.uint8) or index.device.type != self._device_type
 
 
 class Recorder(Protocol):

@@ -6,11 +6,11 @@ All code that makes or changes tensors runs without them, so that results are pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
-_set_gradients: Callable[[bool], None] = torch._C._set_grad_enabled
+set_gradients: Callable[[bool], None] = torch._C._set_grad_enabled
 """Sets whether operations are recorded for gradients; `torch.no_grad` takes longer than everything else here."""
 
 _num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
@@ -24,11 +24,16 @@ def plain_surroundings(device: torch.device) -> Iterator[None]:
     """Shut out all of the caller's settings."""
     had_gradients = torch.is_grad_enabled()
     try:
-        with _without_modes(device) if _has_modes() else _NOTHING:  # most callers have none
-            _set_gradients(False)
+        with without_modes(device):
+            set_gradients(False)
             yield
     finally:
-        _set_gradients(had_gradients)
+        set_gradients(had_gradients)
+
+
+def without_modes(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that shuts out the caller's settings, except gradients; most callers have none."""
+    return _without_modes(device) if _has_modes() else _NOTHING
 
 
 def _has_modes() -> bool:

@@ -23,11 +23,10 @@ from numpy.lib.stride_tricks import as_strided
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from backprompt.model.attributes import AttributeMonitor
 from backprompt.model.behaviour import UNIMPORTANT_CONFIG, BehaviourMonitor, describe_forwards
 from backprompt.model.quantized import describe, is_special, numbers_of, special_weights
 from backprompt.model.skeleton import is_foreign, is_rewritten_in_place, unwrap
-from backprompt.model.spread import HOOK, FileState, Offloaded, offloaded
+from backprompt.model.spread import FileState, Offloaded, offloaded
 from backprompt.progress import progress_bar
 
 HASH_FORMAT = 2
@@ -58,10 +57,10 @@ class PartsMonitor:
         self._names_elsewhere: dict[nn.Module, set[str]] = {}
         for weight in self._offloaded:
             self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
-        self._spreading = AttributeMonitor(list(map(vars, modules)), HOOK)
-        self._contents = _Tables(
+        self._children = [module._modules for module in modules]
+        self._seen_children = list(map(dict, self._children))
+        self._tensors_in_place = _Tables(
             [
-                *(module._modules for module in modules),
                 *(self._own(module, module._parameters) for module in modules),
                 *(self._own(module, module._buffers) for module, is_rewritten in named if not is_rewritten),
             ]
@@ -69,19 +68,18 @@ class PartsMonitor:
         self._rewritten = [(module._buffers, len(module._buffers)) for module, is_rewritten in named if is_rewritten]
         self._special = special_weights(model)
         self._numbers = self._special_numbers()
-        self.tensors = [
-            number for _, _, tensor in _places(model) if not tensor.is_meta for number in numbers_of(tensor)
-        ]
+        held = (number for _, _, tensor in _places(model) if not tensor.is_meta for number in numbers_of(tensor))
+        self.tensors = list({id(number): number for number in held}.values())  # a tied weight has several places
         self.tensors += [source for source in self._sources if isinstance(source, Tensor)]
         self._pointers = _pointers(self.tensors)
 
     def have_changed(self) -> bool:
         """Return whether a part is another object, or lies at another address, than at construction."""
         return (
-            self._contents.have_changed()
+            self._children != self._seen_children  # modules are equal only to themselves
+            or self._tensors_in_place.have_changed()
             or (any(self._hooks) and any(is_foreign(hook) for hooks in self._hooks for hook in hooks.values()))
             or (self._rewritten and any(len(table) != num_before for table, num_before in self._rewritten))
-            or self._spreading.has_changed()
             or (self._offloaded and not all(map(_is_same, self._current_sources(), self._sources)))
             or (bool(self._special) and not _are_same(self._special_numbers(), self._numbers))
             or _pointers(self.tensors) != self._pointers
@@ -165,7 +163,7 @@ class _Without(Mapping[str, object]):
 
 
 class _Tables:
-    """The elements of some tables at one moment, by identity: the children, parameters or buffers of modules."""
+    """The elements of some tables at one moment, by identity: the parameters or buffers of modules."""
 
     def __init__(self, tables: Sequence[Mapping[str, object]]) -> None:
         self._empty = [table for table in tables if not table]

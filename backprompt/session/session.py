@@ -39,7 +39,7 @@ from backprompt.memory.location import Location
 from backprompt.model.executor import Executor
 from backprompt.model.skeleton import check_supported, unwrap
 from backprompt.model.spread import head_device
-from backprompt.model.surroundings import plain_surroundings
+from backprompt.model.surroundings import set_gradients, without_modes
 from backprompt.session.budgets import Budgets
 from backprompt.session.evaluated import Batch, Evaluated
 from backprompt.session.fingerprint import Fingerprint
@@ -122,10 +122,11 @@ class Session(TextSession):
             StaleRepresentationError: weights changed meanwhile.
 
         """
-        place, line = object(), self.line
+        place, line, had_gradients = object(), self.line, torch.is_grad_enabled()
         line.places[place] = None
         try:
-            with line.lock, plain_surroundings(self.evaluator.executor.device):
+            with line.lock, without_modes(self.evaluator.executor.device):
+                set_gradients(False)
                 line.leave(place)
                 if self._has_failed:
                     self.evaluator.computation.recover()
@@ -143,6 +144,7 @@ class Session(TextSession):
                 finally:
                     self._depth, self._has_looked = depth, had_looked
         finally:
+            set_gradients(had_gradients)
             line.places.pop(place, None)
 
     def answer(self, call: Call[Answer]) -> Answer:

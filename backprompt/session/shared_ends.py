@@ -11,8 +11,9 @@ once, and copied to each text that is scored from a start within the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, groupby, islice
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import chain, groupby
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from backprompt.evaluation.scores import TokenScores
 from backprompt.evaluation.scoring import ScoredTexts
 from backprompt.forest.fan import Shape
 from backprompt.session.texts import TextSession
-from backprompt.text.node import Text, sides
-from backprompt.tokens.graph import TokenGraph, TokenIds, ends_in_group, is_beginning, num_positions
+from backprompt.text.node import Text, given_ids, sides
+from backprompt.tokens.graph import TokenIds, ends_in_group, is_beginning, num_positions
 
 
 def scores_of_shared_ends(
@@ -39,18 +40,18 @@ def scores_of_shared_ends(
         return None
     prompts, shapes = grouped
     beginnings = list({id(start): start for start in [*prompts, *starts] if isinstance(start, Text)}.values())
-    ids_of = dict(zip(map(id, beginnings), session.ids_before_more(beginnings), strict=True))
+    if any(start.lm not in (None, texts[0].lm) for start in beginnings):
+        return None
+    ids_of = dict(zip(map(id, beginnings), session.encoder.encode_beginnings(beginnings), strict=True))
     prompt_ids = [ids_of[id(prompt)] for prompt in prompts]
     if not all(prompt_ids) or any(map(ends_in_group, prompt_ids)):
         return None
-    given = iter(starts)
-    nums_own = [
-        _nums_own(ids, [ids_of.get(id(start), start) for start in islice(given, len(shape.completions))])
-        for ids, shape in zip(prompt_ids, shapes, strict=True)
-    ]
-    if not all(nums_own) or any(session.computed_ends(texts)):
+    num_texts = _ints(len(shape.completions) for shape in shapes)
+    nums_own = _nums_own(prompt_ids, np.repeat(np.arange(len(shapes)), num_texts).tolist(), starts, ids_of)
+    if (nums_own < 0).any() or any(session.computed_ends(texts)):
         return None
-    behind = list(map(Behind, prompt_ids, shapes, map(max, nums_own)))
+    most_own = np.maximum.reduceat(nums_own, np.cumsum(num_texts) - num_texts)
+    behind = list(map(Behind, prompt_ids, shapes, most_own.tolist()))
     scores = scores_if_fine(session, behind)
     return None if scores is None else _joined(scores, behind, nums_own)
 
@@ -65,25 +66,41 @@ def scores_if_fine(session: TextSession, behind: Sequence[Behind]) -> TokenScore
     return session.scoring.behind(behind).scores
 
 
-def _nums_own(prompt: TokenIds, starts: Sequence[TokenIds | Text | int]) -> list[int]:
-    """Return the number of the prompt's tokens from each start on; nothing if a start is not its beginning."""
-    num_of: dict[int, int] = {}  # by identity: many texts have the same start
-    for start in starts:
-        if id(start) not in num_of:
-            if isinstance(start, (tuple, TokenGraph)):
-                num_before = len(start) if is_beginning(start, prompt) else -1
-            else:
-                num_before = start if type(start) is int else -1
-            if not 0 <= num_before <= len(prompt):
-                return []
-            num_of[id(start)] = len(prompt) - num_before
-    return [num_of[id(start)] for start in starts]
+def _nums_own(
+    prompt_ids: Sequence[TokenIds],
+    prompt_idxs: Iterable[int],
+    starts: Iterable[Text | int],
+    ids_of: Mapping[int, TokenIds],
+) -> Ints:
+    """Return the number of a prompt's tokens from each start on, `(starts,)`; -1 for a start that is not its beginning.
+
+    Args:
+        prompt_ids: the ids of each prompt.
+        prompt_idxs: the prompt of each start.
+        starts: the starts.
+        ids_of: the ids of the starts that are texts, by identity.
+
+    """
+
+    @cache  # many texts of a prompt have the same start
+    def num_behind(start_id: int, prompt_idx: int) -> int:
+        ids, prompt = ids_of.get(start_id), prompt_ids[prompt_idx]
+        return len(prompt) - len(ids) if ids is not None and is_beginning(ids, prompt) else -1
+
+    def num_own(start: Text | int, prompt_idx: int) -> int:
+        if type(start) is int:
+            return len(prompt_ids[prompt_idx]) - start if start >= 0 else -1
+        return num_behind(id(start), prompt_idx)
+
+    return _ints(max(-1, num) for num in map(num_own, starts, prompt_idxs))
 
 
-def _joined(scores: TokenScores, behind: Sequence[Behind], nums_own: Sequence[Sequence[int]]) -> ScoredTexts:
-    """Return the scores of whole texts, made of the scores of each prompt's own tokens and of its completions."""
+def _joined(scores: TokenScores, behind: Sequence[Behind], own: Ints) -> ScoredTexts:
+    """Return the scores of whole texts, made of the scores of each prompt's own tokens and of its completions.
+
+    `own`: the number of each text's own tokens of its prompt that are scored, `(texts,)`.
+    """
     lengths = _ints(chain.from_iterable(map(len, of.shape.completions) for of in behind))
-    own = _ints(chain.from_iterable(nums_own))
     if not own.any():
         return ScoredTexts(scores, lengths.tolist())
     # The scores before a text's completion: the completions of earlier texts, and the own tokens of its prompt and of
@@ -129,10 +146,5 @@ def _grouped(texts: Sequence[Text]) -> tuple[list[Text], list[Shape]] | None:
 
 def _token_ids_of(ends: Sequence[Text]) -> tuple[tuple[int, ...], ...] | None:
     """Return the ids of texts of one segment of token ids each; None if a text is of another form."""
-    found: list[tuple[int, ...]] = []
-    for end in ends:
-        segments = end.segments
-        if len(segments) != 1 or not isinstance(segments[0], tuple):
-            return None
-        found.append(segments[0])
-    return tuple(found)
+    found = tuple(ids for ids in map(given_ids, ends) if ids is not None)
+    return found if len(found) == len(ends) else None

@@ -156,7 +156,7 @@ def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[
     beginnings = list(dict.fromkeys(start for start in starts if isinstance(start, Text)))
     with lazily():
         bound = [Text("", texts[0].lm) + start for start in beginnings]
-    ids_of = dict(zip(beginnings, session.ids_before_more(bound), strict=True))
+    ids_of = dict(zip(beginnings, session.encoder.encode_beginnings(bound), strict=True))
     first = []
     for idx, (text, start, whole) in enumerate(zip(texts, starts, session.encoder.encode(texts), strict=True)):
         if isinstance(start, Text):

@@ -24,10 +24,9 @@ from backprompt.session.limits import TextLimits, check_has_last_token
 from backprompt.session.options import Options
 from backprompt.session.sharing import Answer, Call
 from backprompt.text.checks import engine_of
-from backprompt.text.node import Text, lazily
-from backprompt.text.questions import bound_engine
+from backprompt.text.node import Text
 from backprompt.tokens.encoder import Encoder
-from backprompt.tokens.graph import TokenIds, before_last, num_positions
+from backprompt.tokens.graph import TokenIds, num_positions
 from backprompt.tokens.tokenizer import PrivateTokenizer
 
 
@@ -133,15 +132,6 @@ class TextSession(ABC):
             own = text.lm
         return listed
 
-    def ids_before_more(self, texts: Sequence[Text]) -> list[TokenIds]:
-        """Return the ids of texts as if more text followed; the lock must be held."""
-        if not texts:
-            return []
-        with lazily():
-            marker = Text.from_tokens([0], bound_engine(texts[0], "token ids"))
-            followed = [text + marker for text in texts]
-        return [before_last(token_ids) for token_ids in self.encoder.encode(followed)]
-
     def prompt_ids(self, texts: Iterable[Text]) -> list[TokenIds]:
         """Return the ids of texts as if more text followed: without the special tokens that end a whole string.
 
@@ -152,7 +142,7 @@ class TextSession(ABC):
         texts = self.own_texts(texts)
         with self.exclusive():
             self.current()
-            found = self.ids_before_more(texts)
+            found = self.encoder.encode_beginnings(texts)
             for text, token_ids in zip(texts, found, strict=True):
                 check_has_last_token(text, token_ids)
             return found

@@ -310,6 +310,12 @@ def sides(text: Text) -> tuple[Text, Text] | None:
     return None if text._left is None or text._right is None else (text._left, text._right)
 
 
+def given_ids(text: Text) -> tuple[int, ...] | None:
+    """Return the ids of a text that is built of nothing else, and that no text behind changes; else None."""
+    segment = text._segment or ()
+    return segment if text._left is None and isinstance(segment, tuple) else None
+
+
 def note(text: Text, of: object, value: Any) -> None:
     """Keep a value with a text for as long as the text lives; replaces an older value. `of` is the value's owner."""
     text._noted, text._noted_by = value, of

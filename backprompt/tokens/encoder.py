@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 from backprompt.arguments import lone_surrogate, surrogate_message
 from backprompt.errors import AdapterError, JoinError, TokenizerError
 from backprompt.text.extents import Extent, Join
-from backprompt.text.node import Text, note, noted
+from backprompt.text.node import Text, given_ids, note, noted
 from backprompt.text.segments import Adapted, Branch, Group, Leaf, Segment, bare, leaves, marked_leaves
 from backprompt.tokens.adapted import plain, under
 from backprompt.tokens.chains import Chain, Marked, MarkedChain, chains_of, pieces_of
@@ -91,6 +91,20 @@ class Encoder:
             note(text, self._mark, ids)
         return [noted(text, self._mark) for text in texts]
 
+    def encode_beginnings(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Return the token ids of each text as if token ids followed: no special tokens stand behind a whole string.
+
+        The ids are not remembered.
+
+        Raises:
+            The errors of `encode`.
+
+        """
+        found = list(map(given_ids, texts))
+        new = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        encoded = iter(self._encode_new(new, are_whole=False))
+        return [next(encoded) if ids is None else ids for ids in found]
+
     def extents(self, texts: Sequence[Text]) -> list[list[Extent]]:
         """Return, for each text, the tokens of each string and each segment of token ids, in written order.
 
@@ -153,15 +167,15 @@ class Encoder:
         (ids,) = ids_of.values()
         return self._special_ids(branch, ids_of)[0] + ids
 
-    def _encode_new(self, texts: list[Text]) -> list[TokenIds]:
-        encoded = self._encode_texts(texts, split=self._joins == "split")
+    def _encode_new(self, texts: list[Text], *, are_whole: bool = True) -> list[TokenIds]:
+        encoded = self._encode_texts(texts, split=self._joins == "split", are_whole=are_whole)
         if self._joins == "error":
-            for text in self._with_changed_joins(texts, encoded):
+            for text in self._with_changed_joins(texts, encoded, are_whole=are_whole):
                 self._raise_join_error(text)
         return encoded
 
-    def _encode_texts(self, texts: Sequence[Text], *, split: bool) -> list[TokenIds]:
-        """Encode texts, all together.
+    def _encode_texts(self, texts: Sequence[Text], *, split: bool, are_whole: bool) -> list[TokenIds]:
+        """Encode texts, all together; if not `are_whole`, token ids follow each.
 
         Raises:
             TokenizerError: a string has a lone surrogate.
@@ -174,13 +188,13 @@ class Encoder:
             for text in texts:
                 _check_encodable(text)
         trie.encode()
-        with_groups = iter(self._encode_branches(list(map(_as_branch, grouped)), split=split))
+        with_groups = iter(self._encode_branches(list(map(_as_branch, grouped)), split=split, are_whole=are_whole))
         return [
-            next(with_groups) if node is None else self._with_special_ids(node, text)
+            next(with_groups) if node is None else self._with_special_ids(node, text, is_whole=are_whole)
             for text, node in zip(texts, nodes, strict=True)
         ]
 
-    def _with_special_ids(self, node: TrieNode, text: Text) -> tuple[int, ...]:
+    def _with_special_ids(self, node: TrieNode, text: Text, *, is_whole: bool) -> tuple[int, ...]:
         """Return the ids of a text without groups with the special tokens of a whole string."""
         ids = node.ids()
         if not (self._add_special_tokens and text.add_special_tokens and node.begins_with_string):
@@ -188,12 +202,14 @@ class Encoder:
         prefix, suffix = self.tokenizer.special_ids_around(ids)
         if prefix and ids[: len(prefix)] == prefix:
             self._warn_of_repeated(prefix)
-        return prefix + ids + (suffix if node.is_only_strings else ())
+        return prefix + ids + (suffix if is_whole and node.is_only_strings else ())
 
-    def _with_changed_joins(self, texts: Sequence[Text], encoded: Sequence[TokenIds]) -> Iterator[Text]:
+    def _with_changed_joins(
+        self, texts: Sequence[Text], encoded: Sequence[TokenIds], *, are_whole: bool
+    ) -> Iterator[Text]:
         """Yield the texts whose tokens, `encoded`, differ from those of their segments encoded separately."""
         if self.tokenizer.encodes_continuations:
-            apart = self._encode_texts(texts, split=True)
+            apart = self._encode_texts(texts, split=True, are_whole=are_whole)
             yield from (
                 text
                 for text, ids, split in zip(texts, encoded, apart, strict=True)
@@ -209,11 +225,11 @@ class Encoder:
             'Move the join to a place where no token spans it (often before a space), or use joins="exact" or "split".'
         )
 
-    def _encode_branches(self, texts: Sequence[Branch], *, split: bool) -> list[TokenIds]:
+    def _encode_branches(self, texts: Sequence[Branch], *, split: bool, are_whole: bool) -> list[TokenIds]:
         """Encode texts, all together."""
         chains = {chain for text in texts for chain in self._chains_to_encode(text.segments)}
         ids_of = encode_chains(self.tokenizer, chains, split=split)
-        return [as_token_ids(self._whole(text, ids_of)) for text in texts]
+        return [as_token_ids(self._whole(text, ids_of, is_last=are_whole)) for text in texts]
 
     def _whole(
         self, branch: Branch, ids_of: Mapping[Chain, tuple[int, ...]], *, is_last: bool = True

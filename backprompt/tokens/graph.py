@@ -76,14 +76,6 @@ def without_last(token_ids: TokenIds) -> tuple[TokenIds, int] | None:
     return TokenGraph((*parts, last[:-1])), last[-1]
 
 
-def before_last(token_ids: TokenIds) -> TokenIds:
-    """Return a text without its last token, which is not in a group."""
-    if not isinstance(token_ids, TokenGraph):
-        return token_ids[:-1]
-    parts, last = _before_and_last_ids(token_ids)
-    return TokenGraph((*parts, last[:-1]) if len(last) > 1 else tuple(parts))
-
-
 def is_beginning(token_ids: TokenIds, whole: TokenIds) -> bool:
     """Return whether the text `whole` begins with these tokens; a group must match as a whole."""
     parts, whole_parts = _parts(token_ids), _parts(whole)

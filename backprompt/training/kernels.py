@@ -196,13 +196,16 @@ def _largest_gap(
     visible[:, 7] = True  # every row sees some key
     scaling = head_dim**-0.5
     gaps = []
+    exact_query = query.double()  # torch multiplies no float64 in TF32
     for is_causal, mask in ((True, None), (False, additive_mask(visible, dtype))):
-        output, lse = clear_kernel(query, key, value, scaling, is_causal, mask)
+        exact = clear_kernel(exact_query, key, value, scaling, is_causal, mask)
         found = fast.forward(query, key, value, scaling, is_causal, mask)
-        gaps += [_gap(*both) for both in zip(found, (output, lse), strict=True)]
+        gaps += [_gap(*both) for both in zip(found, exact, strict=True)]
         # The log-sum-exp over more keys than these, as of a row that sees other slices, too.
-        given = (grad, query, key, value, output, lse + math.log(2), scaling, is_causal, mask)
-        gaps += [_gap(*both) for both in zip(fast.backward(*given), clear_backward(*given), strict=True)]
+        output, lse = exact[0].to(dtype), (exact[1] + math.log(2)).to(torch.promote_types(dtype, torch.float32))
+        given = (key, value, output, lse, scaling, is_causal, mask)
+        both_ways = fast.backward(grad, query, *given), clear_backward(grad, exact_query, *given)
+        gaps += [_gap(*both) for both in zip(*both_ways, strict=True)]
     return float(torch.stack(gaps).max())  # nan stays nan
 
 

@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from backprompt import LM, Text, classify, evaluate, generate
 from backprompt.attention.calls import CallsAttention
+from backprompt.logprobs import rated
 from backprompt.model.executor import Executor
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
@@ -109,8 +110,9 @@ class Rig:
 class ModelClock:
     """Counts the seconds inside the model while the context lasts.
 
-    These are the seconds of the modules of body and head, and of the attention's kernel calls. The rest of attention
-    counts as beside the model: the plan of the calls, their masks, the joins of their results.
+    These are the seconds of the modules of body and head, of the attention's kernel calls, and of the log-softmax and
+    the argmax of the logits. The rest of attention counts as beside the model: the plan of the calls, their masks, the
+    joins of their results.
     """
 
     def __init__(self) -> None:
@@ -128,6 +130,7 @@ class ModelClock:
         for hook in hooks:
             self._undo.callback(hook.remove)
         attend, kernel_for = Executor.attend, CallsAttention.kernel_for
+        self._undo.enter_context(mock.patch("backprompt.evaluation.rating.rated", self._timed(rated, is_inside=True)))
         self._undo.enter_context(mock.patch.object(Executor, "attend", self._timed(attend, is_inside=False)))
         self._undo.enter_context(
             mock.patch.object(
