@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fans import as_prompt, completions, fans, make_lm, model, prompts_of_ids
+from test_fans import TOKENIZER, as_prompt, completions, fans, make_lm, model, prompts_of_ids
 
-from backprompt import Text, evaluate, explain
+import tiny_cached_models
+from backprompt import LM, Text, evaluate, explain
 from backprompt.evaluation.behind import Behind
 from backprompt.forest.fan import Shape
 from backprompt.session.text_scores import scores_behind
@@ -221,6 +222,19 @@ def test_a_completion_of_a_fan_can_be_saved(persist, store):
     again = make_lm(store=store)
     assert_equals_plain(model("gpt2"), [Text.from_tokens(text, again)])
     assert (again.stats.tokens_computed, again.stats.tokens_loaded) == (0, len(text))
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mpt"])
+def test_models_that_go_by_levels_find_their_prompts(name):
+    """States of all tokens before come with the entry that ends where the prompt does."""
+    levels, store, prompts = tiny_cached_models.build(name), MemoryStore(), prompts_behind(LONG, 16)
+    expected = score(LM(levels, TOKENIZER), prompts)
+    for num_loaded in (0, 24 + 3 * 16):
+        lm = LM(levels, TOKENIZER, store=store)
+        assert_close(score(lm, prompts), expected)
+        assert len(fans(lm)) == 3
+        assert lm.stats.tokens_loaded == num_loaded
+        assert lm.stats.tokens_computed == 24 + 3 * (16 + 4) - num_loaded
 
 
 def test_results_behind_inexact_prompts_are_those_of_texts():
