@@ -311,7 +311,7 @@ class States(Block):
 BlockType = TypeVar("BlockType", bound=Block)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class BlockRows(Generic[BlockType]):
     """Rows `start..stop` of a block, without row `stop`: the place of a computed span's data.
 
