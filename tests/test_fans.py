@@ -330,11 +330,10 @@ def test_shared_completions_are_one_span_a_prompt():
     assert len(list(lm.session.evaluator.forest.spans())) == 9
 
 
-def test_a_completion_alone_a_large_fan_and_a_store_have_spans():
+def test_a_completion_alone_and_a_large_fan_have_spans():
     for options, sizes in (
         ({}, (1, 1)),
         ({"max_tokens_per_forward": 100}, (4, 40)),
-        ({"store": MemoryStore()}, (4, 40)),
     ):
         lm = make_lm(**options)
         prompts, shapes = prompts_and_shapes(lm, *sizes)
@@ -430,14 +429,15 @@ def test_leaves_over_the_bound_are_scored_again():
     assert 0 < (lm.stats - before).logit_rows <= 3 * shapes[0].num_leaves
 
 
-def test_an_error_is_that_of_texts():
+def test_an_error_is_that_of_texts(monkeypatch):
     """Of hidden states: a NaN in an embedding may spoil other rows of a fan."""
     spoiled = build("llama")
     with torch.no_grad():
         spoiled.get_input_embeddings().weight[50] = torch.nan
     messages = []
-    for store in (MemoryStore(), None):  # with a store the completions are texts
-        lm = LM(spoiled, TOKENIZER, store=store)
+    for fans_in_a_pass in (4, 1 << 40):  # the second time the completions are texts
+        monkeypatch.setattr("backprompt.evaluation.behind.FANS_IN_A_PASS", fans_in_a_pass)
+        lm = LM(spoiled, TOKENIZER)
         prompts = [Text("The dog", lm)] * 2
         with pytest.raises(NonFiniteError, match="NaN hidden states at the end of") as caught:
             scored(lm, prompts, [Shape([(1, 2, 3), (7, 8, 50, 10, 11), (7, 9)])] * 2)

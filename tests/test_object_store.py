@@ -15,7 +15,7 @@ import torch
 
 from backprompt import LM, Text
 from backprompt.errors import DamagedEntryError, MissingDependencyError
-from backprompt.store import CachedStore, DiskStore, Entry, Match, MemoryStore, ObjectStore, open_store
+from backprompt.store import CachedStore, DiskStore, Entry, Match, MemoryStore, ObjectStore, Store, open_store
 from backprompt.store.file import to_pieces
 from stores import assert_same, make_entry
 
@@ -60,6 +60,17 @@ def test_entries_that_agree_in_more_ids_than_a_name_has_room_for_are_told_apart(
         } | {Match(f"root-end{other}", len(ids)) for other, run in enumerate(runs) if run[: len(ids)] == ids}
     assert again.longest("root", [*shared, 1, 2, 8]) == Match("root-end2", 102)
     assert again.longest("root", [*shared[:95], 8]).num_tokens == 95
+    for asked in ((), [9], [9, 9], [9, 8], shared[:10], shared[:50], shared[:90], [*shared[:90], 7], shared):
+        assert again.goes_on("root", asked) == any(
+            len(run) > len(asked) and run[: len(asked)] == [*asked] for run in runs
+        )
+    for asked, is_there in (
+        ([*shared, 1], True),
+        ([*shared, 1, 2], True),
+        ([*shared, 1, 2, 3], False),
+        ([*shared, 2], False),
+    ):
+        assert again.goes_on("root", asked) == is_there
 
 
 def test_a_lookup_reads_no_entry_whose_name_says_enough(s3):
@@ -71,6 +82,8 @@ def test_a_lookup_reads_no_entry_whose_name_says_enough(s3):
     for number in range(5):
         header = make_entry(number).header
         assert again.longest("root", header.token_ids) == Match(header.name, len(header.token_ids))
+        assert again.goes_on("root", header.token_ids[:2])
+        assert not again.goes_on("root", header.token_ids)
     assert [method for method, _ in s3.requests] == ["GET"]  # one listing
 
 
@@ -325,6 +338,7 @@ def test_an_address_that_nobody_listens_at_says_what_to_check():
     for ask in (
         lambda: store.get(make_entry(1).header.name),
         lambda: store.longest("root", [1]),
+        lambda: store.goes_on("root", [1]),
         lambda: list(store.list()),
     ):
         with pytest.raises(OSError, match="Check the address") as caught:
@@ -405,7 +419,23 @@ def test_an_entry_is_read_from_far_away_once(tmp_path):
             assert_same(store.get(entry.header.name, {"hidden"}), entry, {"hidden"})
             assert_same(store.get(entry.header.name), entry)
             assert store.longest("root", entry.header.token_ids) == Match(entry.header.name, 3)
+            assert store.goes_on("root", entry.header.token_ids[:2])
+            assert not store.goes_on("root", entry.header.token_ids)
     assert far.num_read == 1
+
+
+def test_an_entry_goes_on_in_either_store_or_in_a_store_that_knows_no_better():
+    far, near = MemoryStore(), MemoryStore()
+    far.put(make_entry(1, start="far"))
+    near.put(make_entry(1, start="near"))
+    store = CachedStore(far, near)
+    assert [store.goes_on(start, ()) for start in ("far", "near", "root")] == [True, True, False]
+
+    class Plain(MemoryStore):
+        goes_on = Store.goes_on
+
+    assert CachedStore(Plain(), near).goes_on("root", ())
+    assert CachedStore(far, Plain()).goes_on("root", ())
 
 
 def test_a_near_store_keeps_to_its_budget(tmp_path):
@@ -442,6 +472,8 @@ def test_a_far_store_that_cannot_be_read_leaves_the_near_one(failing, tmp_path, 
     store.far.put(far_only)
     failing.refuses = True
     again = CachedStore(failing.store(prefix="far"), near)
+    assert not again.goes_on("root", far_only.header.token_ids[:2])
+    assert again.goes_on("root", kept.header.token_ids[:2])
     for entry, expected in ((far_only, None), (kept, Match(kept.header.name, 3))):
         for _ in range(2):
             assert again.longest("root", entry.header.token_ids) == expected

@@ -53,6 +53,8 @@ WRONG_ARGUMENTS = {
     "an id that is a float": lambda store: store.longest("root", [1.0]),
     "ids that are a string": lambda store: store.longest("root", "12"),
     "ids that are nothing": lambda store: store.longest("root", None),
+    "going on at a number": lambda store: store.goes_on(3, [1]),
+    "going on behind a negative id": lambda store: store.goes_on("root", [-1]),
     "get of a number": lambda store: store.get(3),
     "deleting nothing": lambda store: store.delete(None),
     "contains of bytes": lambda store: store.contains(b"x"),
@@ -127,6 +129,10 @@ class TestContract:
             if found is not None:
                 header = store.get(found.name).header
                 assert header.token_ids[: found.num_tokens] == asked[: found.num_tokens]
+            going_on = any(len(ids) > len(asked) and ids[: len(asked)] == asked for ids in runs)
+            assert store.goes_on("root", asked) == going_on
+        assert store.goes_on("root", ())
+        assert not store.goes_on("elsewhere", ())
         assert store.longest("elsewhere", (0, 1)) is None
         assert isinstance(store.longest("root", min(runs)), Match)
 
@@ -526,7 +532,10 @@ def test_no_index_hangs_or_stops_a_store(kind, is_writable, tmp_path, monkeypatc
         with DiskStore(tmp_path / "store") as store:
             for entry in entries:
                 ids = entry.header.token_ids
+                store.goes_on("root", ids[:2])  # an index may lack entries
                 assert store.longest("root", ids) == Match(entry.header.name, len(ids))
+                assert store.goes_on("root", ids[:2])
+                assert not store.goes_on("root", ids)
                 assert_same(store.get(entry.header.name), entry)
             assert sorted(header.text for header in store.find("")) == ["text 0", "text 1", "text 2"]
             stats = store.stats()

@@ -2,18 +2,20 @@
 
 Before spans are forwarded, the archive looks in the store for the entries at their positions (memory/visit.py). After a
 pass the archive writes new spans. An entry begins behind the last stored position, so a short span is written together
-with a child.
+with a child. A fan is neither loaded nor written, so it may stand only where no rows behind its prompt would be either.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from backprompt.errors import EntryTooLargeError, StaleRepresentationError
-from backprompt.evaluation.entries import Finder, Reader, is_sound, root_of
+from backprompt.evaluation.entries import Finder, Reader, chain, is_sound, root_of
 from backprompt.evaluation.span_keys import Root, SpanKeys
+from backprompt.forest.fan import Fan
 from backprompt.forest.forest import Forest
 from backprompt.forest.span import NOTHING, Junction, Kind, Span
 from backprompt.memory.blocks import Block, BlockRows, gather_each, keys_values_of, states_of
@@ -99,8 +101,62 @@ class Archive:
                 self._note_unreadable(error)
         return Loaded(served, num_tokens)
 
-    def num_stored(self, span: Span) -> int:
-        """Return the number of a span's first tokens that are in the store's index; no row is loaded."""
+    def stored_parts(self, forest: Forest, span: Span) -> Iterator[Span]:
+        """Cut a span where `load` would, by the store's index, and yield the stored parts; no row is loaded."""
+        part: Span | None = None
+        while part is not span and (num_tokens := self._num_stored(span)):
+            part = span if num_tokens == len(span.token_ids) else forest.split(span, num_tokens)
+            part.is_stored = True
+            yield part
+
+    def in_the_way(self, forest: Forest, fans: Iterable[Fan]) -> list[Fan]:
+        """Return the fans in whose place spans would be loaded from the store, or written to it without a request.
+
+        The spans of prompts are cut where `load` would cut them.
+        """
+        is_there: dict[Span, bool] = {}
+        found: list[Fan] = []
+        for fan in fans:
+            end = fan.parent
+            assert end is not None
+            self._look_up(forest, end, is_there)
+            if self._may_go_on(end) or self._writes_behind(end, fan.shape.max_rows):
+                found.append(fan)
+        return found
+
+    def _look_up(self, forest: Forest, end: Span, is_there: dict[Span, bool]) -> None:
+        """Mark the stored spans of a text; add to `is_there` whether each of its spans is held or stored."""
+        for span in end.closure(known=is_there):
+            is_reached = all(parent.parent is None or is_there[parent] for parent in span.parents)
+            if is_reached and span.token_ids and not span.is_held(with_keys_values=True):
+                is_reached = span in self.stored_parts(forest, span)
+            is_there[span] = is_reached
+
+    def _may_go_on(self, end: Span) -> bool:
+        """Return whether `load` may find rows right behind the text that ends here."""
+        if not self._can_read:
+            return False
+        try:
+            return Finder(self._store, self._keys).goes_on(end)
+        except OSError as error:
+            self._note_unreadable(error)
+            return False
+
+    def _writes_behind(self, end: Span, num_rows: int) -> bool:
+        """Return whether `save_new` may write a run of so many tokens behind a text, with the text's unstored end.
+
+        Other texts may write a beginning of that end before, and an end that is forwarded is written itself if it is
+        long enough.
+        """
+        if self._store.persist != "always" or not self._can_write:
+            return False
+        is_forwarded = not end.is_held(with_keys_values=True, in_host=True)
+        ends = itertools.accumulate(len(span.token_ids) for span in reversed(_unstored(end)))
+        unstored = [0, *(num for num in ends if num < MIN_TOKENS or not is_forwarded)]
+        return max(unstored) + num_rows >= MIN_TOKENS
+
+    def _num_stored(self, span: Span) -> int:
+        """Return the number of a span's first tokens that are in the store's index."""
         if not self._can_read:
             return 0
         try:
@@ -144,7 +200,7 @@ class Archive:
         if self._store.persist != "always" or not self._can_write or self._has_changed():
             return
         for span in spans:
-            run = _unstored(span)
+            run = [] if isinstance(span, Fan) else _unstored(span)
             if self._can_write and sum(len(part.token_ids) for part in run) >= MIN_TOKENS:
                 self._save(span)
 
@@ -174,6 +230,8 @@ class Archive:
         if isinstance(span, Junction):
             with forest.changing():
                 span.move(kind, NOTHING, "device")
+            return
+        if isinstance(span, Fan):
             return
         while not span.holds(kind):
             found = finder.find(span)
@@ -274,12 +332,4 @@ def _right_before(span: Span) -> list[Span]:
 
 def _unstored(span: Span) -> list[Span]:
     """Return the unstored spans on the way to this span, itself included, as far back as one entry may reach."""
-    run: list[Span] = []
-    part = span
-    while not part.is_stored:
-        run.append(part)
-        if part.begins_chain or part.parent is None:
-            break
-        part = part.parent
-    run.reverse()
-    return run
+    return list(itertools.takewhile(lambda part: not part.is_stored, chain(span)))[::-1]

@@ -1,8 +1,8 @@
 """Completions behind prompts in the forest: those of a prompt are a fan where possible, else texts.
 
 A fan needs a prompt without other texts behind it, and several completions or one that several prompts of the call
-share. With a store there are no fans, because it knows only spans. All other completions are computed as texts, so that
-no token is computed twice.
+share. A store knows only spans. So with a store, a fan also needs a prompt behind which nothing is stored and nothing
+would be stored (`Archive.in_the_way`). All other completions are computed as texts, so that no token is computed twice.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
     """Put completions behind prompts that were inserted and end at `ends`."""
     forest = computation.forest
     num_prompts = Counter(behind.shape for behind in prompts)
-    max_rows = 0 if computation.archive is not None else computation.max_tokens // FANS_IN_A_PASS
+    max_rows = computation.max_tokens // FANS_IN_A_PASS
     fan_shapes = {
         shape
         for shape, num in num_prompts.items()
@@ -78,6 +78,11 @@ def placed_behind(computation: Computation, prompts: Sequence[Behind], ends: Seq
         forest.fan(end, shape) if shape in fan_shapes else None
         for end, (_, shape, _) in zip(ends, prompts, strict=True)
     ]
+    if computation.archive is not None:
+        to_compute = dict.fromkeys(fan for fan in fans if fan is not None and fan.is_empty)
+        for fan in computation.archive.in_the_way(forest, to_compute):
+            assert fan.parent is not None
+            forest.unfold(fan.parent)
     placed = [None if fan is None else Placed([fan], [fan]) for fan in fans]
     # Texts may run through prompts that have a fan. Such a fan unfolds, so its completions are texts, too.
     while lost := [idx for idx, fan in enumerate(fans) if (placed[idx] is None if fan is None else _is_unfolded(fan))]:

@@ -7,6 +7,7 @@ impossible header or tensors is reported, set aside, and computed again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +69,19 @@ class Finder:
             first = first.parent
             between += len(first.token_ids)
             token_ids = first.token_ids + token_ids
+
+    def goes_on(self, end: Span) -> bool:
+        """Return whether `find` may find an entry for a span right behind the text that ends here."""
+        if self._store.goes_on(self._keys.key_of(end).hex(), ()):
+            return True
+        token_ids: tuple[int, ...] = ()
+        for span in chain(end):
+            if not span.is_stored:
+                return False  # no entry runs through an unstored span
+            token_ids = span.token_ids + token_ids
+            if self._store.goes_on(self._keys.start_of(span).hex(), token_ids):
+                return True
+        return False
 
     def name_of(self, span: Span) -> str | None:
         """Return the name of the entry that has the last token of a span; None if the store has no such entry."""
@@ -188,6 +202,14 @@ class Reader:
             self._store.set_aside(name, str(error))
         except OSError as failure:  # the entry stays, and is not used
             logger.warning("%s of %r cannot be set aside: %s", name, self._store, failure)
+
+
+def chain(end: Span) -> Iterator[Span]:
+    """Yield the spans that one entry may reach over, back from `end`; none from the root and from a junction."""
+    span: Span | None = end if end.token_ids else None
+    while span is not None:
+        yield span
+        span = None if span.begins_chain else span.parent
 
 
 def _is_what_was_found(header: Header, found: Found) -> bool:

@@ -209,13 +209,9 @@ class Sketch:
         if _mark_of_all(span, "states") is None:
             return  # of no use without the parents
         can_continue = _mark_of_all(span, "keys_values") is not None
-        part: Span | None = None
-        while part is not span and span.token_ids and not span.is_held(with_keys_values=True):
-            num_stored = archive.num_stored(span)
-            if not num_stored:
-                return
-            part = span if num_stored == len(span.token_ids) else self.forest.split(span, num_stored)
-            part.is_stored = True
+        if not span.token_ids or span.is_held(with_keys_values=True):
+            return
+        for part in archive.stored_parts(self.forest, span):
             if not part.is_held():
                 part.place(states=_DISK)
             if can_continue and not part.is_held(with_keys_values=True):

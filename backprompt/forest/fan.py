@@ -112,9 +112,14 @@ class Shape:
         return sum(map(len, self.completions))
 
     @cached_property
+    def max_rows(self) -> int:
+        """The largest number of tokens of one completion that are forwarded."""
+        return max(map(len, self.completions), default=1) - 1
+
+    @cached_property
     def has_rows(self) -> bool:
         """Whether any token is forwarded."""
-        return any(len(ids) > 1 for ids in self.completions)
+        return self.max_rows > 0
 
     @property
     def rows(self) -> Rows:

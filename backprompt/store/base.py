@@ -16,9 +16,9 @@ Every implementation promises:
   A hostile writer can store wrong numbers of the right shapes; an `LM` refuses all other wrong entries (schema.py).
 - *Shared*: any number of threads may use one store at once. Any number of processes may use one folder or bucket.
 
-The contract needs no file system: names are short strings, entries are bytes with a small header, and the only query
-besides get and put is "the entries at this key that begin with these token ids". So a remote object store can implement
-the contract.
+The contract needs no file system: names are short strings, entries are bytes with a small header, and the only queries
+besides get and put concern "the entries at this key that begin with these token ids" (`longest`, and `goes_on`, which
+a store may leave out). So a remote object store can implement the contract.
 """
 
 from __future__ import annotations
@@ -181,6 +181,14 @@ class Store(ABC):
 
         The result is a hint: the caller must compare the header of the entry with the request.
         """
+
+    def goes_on(self, start: str, token_ids: Sequence[int]) -> bool:
+        """Return whether an entry at this key may begin with `token_ids` and have more tokens.
+
+        An `LM` asks this of prompts. If no entry goes on behind a prompt, an `LM` need not look up each completion of
+        the prompt. The answer True is always allowed, and is the default; the results are the same, and take longer.
+        """
+        return True
 
     @abstractmethod
     def list(self, text_prefix: str = "") -> Iterator[Header]:

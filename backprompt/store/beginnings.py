@@ -106,6 +106,21 @@ class Beginnings:
                 match = max(match, Match(self._name(beginning), num_common(ids, token_ids)), key=_num_tokens)
         return match
 
+    def goes_on(self, token_ids: tuple[int, ...], ids_of: Callable[[str], Sequence[int] | None]) -> bool:
+        """Return whether an entry begins with `token_ids` and has more tokens; `ids_of`: see `longest`."""
+        num_tokens = len(token_ids)
+        return any(
+            beginning.token_ids[:num_tokens] == token_ids
+            or (
+                not beginning.is_whole
+                and beginning.token_ids == token_ids[: len(beginning.token_ids)]
+                and (ids := ids_of(self._name(beginning))) is not None
+                and tuple(ids[:num_tokens]) == token_ids
+            )
+            for beginning in self._sorted
+            if beginning.num_tokens > num_tokens
+        )
+
     def _name(self, beginning: Beginning) -> str:
         return f"{self._start}-{beginning.end}"
 

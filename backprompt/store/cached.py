@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
 
 from backprompt.errors import EntryTooLargeError
 from backprompt.store.base import Entry, Header, Match, Store
 
 logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 
 class CachedStore(Store):
@@ -72,17 +75,16 @@ class CachedStore(Store):
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Return the longer match of the two stores. If the near one matches all ids, the far one is not searched."""
         near = self.near.longest(start, token_ids)
-        if not self._reads_far or (near is not None and near.num_tokens == len(token_ids)):
+        if near is not None and near.num_tokens == len(token_ids):
             return near
-        try:
-            far = self.far.longest(start, token_ids)
-        except OSError as error:
-            self._reads_far = False
-            logger.warning("%r cannot be read (%s). From now on only %r is read.", self.far, error, self.near)
-            return near
+        far = self._asked(lambda: self.far.longest(start, token_ids))
         if near is None or far is None:
             return near or far
         return far if far.num_tokens > near.num_tokens else near
+
+    def goes_on(self, start: str, token_ids: Sequence[int]) -> bool:
+        """Return whether one of the stores may have an entry at this key with these ids and more."""
+        return self.near.goes_on(start, token_ids) or bool(self._asked(lambda: self.far.goes_on(start, token_ids)))
 
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Yield the headers of the far store, or of the near store if the far one cannot be read."""
@@ -92,6 +94,17 @@ class CachedStore(Store):
         """Close both stores."""
         self.far.close()
         self.near.close()
+
+    def _asked(self, look_up: Callable[[], Found]) -> Found | None:
+        """Return the result of a lookup in the far store; None if the far store cannot be read."""
+        if not self._reads_far:
+            return None
+        try:
+            return look_up()
+        except OSError as error:
+            self._reads_far = False
+            logger.warning("%r cannot be read (%s). From now on only %r is read.", self.far, error, self.near)
+            return None
 
     def _keep(self, entry: Entry) -> None:
         try:

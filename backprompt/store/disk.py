@@ -142,6 +142,11 @@ class DiskStore(Store):
         key, ids = as_string(start, "start"), as_token_ids(token_ids)
         return self._catalog.ask(lambda index: index.longest(key, ids))
 
+    def goes_on(self, start: str, token_ids: Sequence[int]) -> bool:
+        """Return whether the index has an entry at this key that begins with `token_ids` and has more tokens."""
+        key, ids = as_string(start, "start"), as_token_ids(token_ids)
+        return self._catalog.ask(lambda index: index.goes_on(key, ids))
+
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Return the headers of all entries whose text begins with `text_prefix`, in the order of their texts."""
         prefix = as_string(text_prefix, "text_prefix")

@@ -51,10 +51,15 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (last_used, position);
 
 _NAME = f"CASE WHEN length(name) <= {MAX_NAME_LENGTH} THEN name END"
 _TOKEN_IDS = "CASE WHEN length(token_ids) <= :max_bytes THEN substr(token_ids, 1, length(:asked)) END"
+_NEXT = (
+    f"SELECT {_NAME}, {_TOKEN_IDS} FROM entries WHERE start = :start AND token_ids > :asked ORDER BY token_ids LIMIT 1"
+)
+"""In the order of token ids, entries that begin with the given sequence and have more come right behind it."""
+
 _NEIGHBOURS = (
     f"SELECT {_NAME}, {_TOKEN_IDS} FROM entries WHERE start = :start AND token_ids <= :asked "
     "ORDER BY token_ids DESC LIMIT 1",
-    f"SELECT {_NAME}, {_TOKEN_IDS} FROM entries WHERE start = :start AND token_ids > :asked ORDER BY token_ids LIMIT 1",
+    _NEXT,
 )
 """In the order of token ids, the entry with the longest common prefix is next to the given sequence."""
 
@@ -167,13 +172,18 @@ class Index:
 
     def longest(self, start: str, token_ids: Sequence[int]) -> Match | None:
         """Return the better one of two neighbours of these ids; see `Store.longest`."""
-        asked = _packed(token_ids)
-        given = {"start": start, "asked": asked, "max_bytes": MAX_VALUE_BYTES}
+        given = _place(start, token_ids)
         with self._transaction():
             rows = [row for query in _NEIGHBOURS for row in self._ask(query, given)]
         matches = [Match(_checked_name(name), num_common(_unpacked(packed), token_ids)) for name, packed in rows]
         best = max(matches, key=lambda match: match.num_tokens, default=None)
         return best if best is not None and best.num_tokens else None
+
+    def goes_on(self, start: str, token_ids: Sequence[int]) -> bool:
+        """Return whether an entry at this key begins with these ids and has more."""
+        with self._transaction():
+            rows = self._ask(_NEXT, _place(start, token_ids))
+        return any(_unpacked(packed) == tuple(token_ids) for _, packed in rows)
 
     def names(self, text_prefix: str) -> list[str]:
         """Return the names of all entries whose text begins with `text_prefix`, in the order of their texts."""
@@ -411,6 +421,11 @@ def _checked_error(error: object) -> float:
     if not isinstance(error, float) or not 0 <= error < math.inf:
         raise DamagedIndexError(f"{abbreviated(str(error))} is not a valid error")
     return error
+
+
+def _place(start: str, token_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the parameters of the queries for the neighbours of these ids."""
+    return {"start": start, "asked": _packed(token_ids), "max_bytes": MAX_VALUE_BYTES}
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

@@ -61,6 +61,12 @@ class MemoryStore(Store):
         best = max(matches, key=lambda match: match.num_tokens, default=None)
         return best if best is not None and best.num_tokens else None
 
+    def goes_on(self, start: str, token_ids: Sequence[int]) -> bool:
+        """Return whether an entry at this key begins with `token_ids` and has more tokens."""
+        start, ids = as_string(start, "start"), as_token_ids(token_ids)
+        here = (header.token_ids for header in self.list() if header.start == start)
+        return any(len(found) > len(ids) and found[: len(ids)] == ids for found in here)
+
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Return the headers of the entries that exist now."""
         prefix = as_string(text_prefix, "text_prefix")

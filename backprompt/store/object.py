@@ -167,6 +167,11 @@ class ObjectStore(Store):
             return None
         return self._listing(key).longest(ids, self._ids_of)
 
+    def goes_on(self, start: str, token_ids: Sequence[int]) -> bool:
+        """Return whether a listing at most `LISTING_SECONDS` old has an entry with these ids and more."""
+        key, ids = as_string(start, "start"), as_token_ids(token_ids)
+        return is_name(key) and self._listing(key).goes_on(ids, self._ids_of)
+
     def list(self, text_prefix: str = "") -> Iterator[Header]:
         """Yield the headers of all entries whose text begins with `text_prefix`."""
         prefix = as_string(text_prefix, "text_prefix")
