@@ -118,6 +118,17 @@ def test_completions_that_would_not_be_stored_are_a_fan(num_own, num_rows, is_fa
     assert len(fans(both(act))) == 3 * is_fan
 
 
+@pytest.mark.parametrize("num_own", range(64, 96, 3))
+def test_a_prompt_that_is_cut_between_passes_is_stored_as_a_whole(num_own):
+    """Without fans, its rest would be stored with its completions."""
+    store = MemoryStore()
+    prompts = [(*[own] * 60, 9) for own in range(3)] + [(3, *[7] * (num_own - 1))]
+    lm = make_lm(store=store, max_tokens_per_forward=80)
+    score(lm, prompts, [tuple(range(70, 79)), (7, 8)])
+    assert len(fans(lm)) == 4
+    assert sum(len(header.token_ids) for header in store.list()) == sum(map(len, prompts))
+
+
 def test_a_beginning_that_is_stored_with_one_prompt_leaves_another_prompt_too_short():
     """The first prompt is stored as a whole. The own end of the second one would be stored with its completions."""
 

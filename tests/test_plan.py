@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt.forest.forest import Forest
-from backprompt.forest.passes import MIN_CUT_TOKENS, cut_into_passes, missing_spans
+from backprompt.forest.passes import MIN_CUT_TOKENS, MIN_REST_TOKENS, cut_into_passes, missing_spans
 from backprompt.forest.plan import KeySegment, Pass, plan_pass
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import BlockRows
@@ -172,9 +172,9 @@ def test_passes_hold_every_token_once_in_order_within_the_bound(scene: Scene, ma
     assert all(span.token_ids for group in passes for span in group)
     sizes = [len(tokens_of(group)) for group in passes]
     assert all(1 <= size <= max_tokens for size in sizes)
-    if passes:  # as few and as equal as can be, but no span is cut for less than MIN_CUT_TOKENS
+    if passes:  # as few and as equal as can be, but no span is cut into less than MIN_CUT_TOKENS and MIN_REST_TOKENS
         equal_size = math.ceil(len(tokens) / math.ceil(len(tokens) / max_tokens))
-        assert all(size > equal_size - MIN_CUT_TOKENS for size in sizes[:-1])
+        assert all(size > equal_size - MIN_CUT_TOKENS - MIN_REST_TOKENS for size in sizes[:-1])
     assert [spelled(end) for end in ends] == wanted
 
 
@@ -188,6 +188,7 @@ def test_passes_hold_every_token_once_in_order_within_the_bound(scene: Scene, ma
         ([68, 80, 52], 100, [100, 100]),  # MIN_CUT_TOKENS of the second text still fit
         ([69, 80, 51], 100, [69, 80, 51]),
         ([80, 80, 40], 100, [80, 80, 40]),
+        ([60, 50, 90], 100, [94, 90, 16]),  # cuts leave MIN_REST_TOKENS
     ],
 )
 def test_passes_are_equal_where_enough_of_a_text_fits(

@@ -521,6 +521,12 @@ def forward_replaced(model):
     mlp.forward = lambda hidden: old(hidden) * 3
 
 
+def first_layer_moved(model):
+    """A `ModuleList` yields its modules in the order of their table, whatever their names."""
+    layers = model.model.layers._modules
+    layers["0"] = layers.pop("0")
+
+
 CHANGES = {
     "a method replaced": forward_replaced,
     "a step of an optimizer": step,
@@ -535,6 +541,7 @@ CHANGES = {
     "load_state_dict, assign": lambda model: model.load_state_dict(FAMILIES["llama"](seed=1).state_dict(), assign=True),
     "an embedding resized": lambda model: model.resize_token_embeddings(330, mean_resizing=False),
     "a layer taken away": lambda model: model.model.layers.__delitem__(1),
+    "the first layer behind the others": first_layer_moved,
 }
 
 

@@ -15,6 +15,10 @@ from backprompt.forest.span import Span
 MIN_CUT_TOKENS = 32
 """A span is cut at the end of a pass only if at least this many of its tokens still fit."""
 
+MIN_REST_TOKENS = 16
+"""A cut leaves at least this many tokens of a span, unless passes are tiny. A store keeps a shorter rest only together
+with completions, and a fan stores none (evaluation/archive.py)."""
+
 
 def missing_spans(ends: Iterable[Span], *, with_keys_values: bool = False) -> list[Span]:
     """Return the spans to forward so that `ends` hold their states, depth first; each before its children.
@@ -116,12 +120,13 @@ def cut_into_passes(forest: Forest, spans: Sequence[Span], max_tokens: int) -> l
     num_tokens = num_tokens_of(spans)
     num_passes = -(-num_tokens // max_tokens)
     target = -(-num_tokens // num_passes) if num_passes else 0
+    num_rest = MIN_REST_TOKENS if max_tokens >= MIN_CUT_TOKENS + MIN_REST_TOKENS else 0
     passes: list[tuple[Span, ...]] = []
     current: list[Span] = []
     num_current = 0
     for span in spans:
         while num_current + len(span.token_ids) > max_tokens:
-            room = 0 if isinstance(span, Fan) else target - num_current
+            room = 0 if isinstance(span, Fan) else min(target - num_current, len(span.token_ids) - num_rest)
             if room >= MIN_CUT_TOKENS or not current:
                 current.append(forest.split(span, room))
             passes.append(tuple(current))

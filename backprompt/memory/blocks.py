@@ -315,7 +315,8 @@ BlockType = TypeVar("BlockType", bound=Block)
 class BlockRows(Generic[BlockType]):
     """Rows `start..stop` of a block, without row `stop`: the place of a computed span's data.
 
-    Never changed, but not frozen: each span has two, and a frozen one takes three times as long to make.
+    Never changed, so it has a hash. But not frozen: each span has two, and a frozen one takes three times as long to
+    make.
     """
 
     block: BlockType

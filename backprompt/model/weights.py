@@ -59,6 +59,8 @@ class PartsMonitor:
             self._names_elsewhere.setdefault(weight.module, set()).add(weight.name)
         self._children = [module._modules for module in modules]
         self._seen_children = list(map(dict, self._children))
+        self._ordered = [children.values() for children in self._children if len(children) > 1]
+        self._order = list(itertools.chain.from_iterable(self._ordered))
         self._tensors_in_place = _Tables(
             [
                 *(self._own(module, module._parameters) for module in modules),
@@ -77,6 +79,7 @@ class PartsMonitor:
         """Return whether a part is another object, or lies at another address, than at construction."""
         return (
             self._children != self._seen_children  # modules are equal only to themselves
+            or list(itertools.chain.from_iterable(self._ordered)) != self._order  # equal dicts may differ in it
             or self._tensors_in_place.have_changed()
             or (any(self._hooks) and any(is_foreign(hook) for hooks in self._hooks for hook in hooks.values()))
             or (self._rewritten and any(len(table) != num_before for table, num_before in self._rewritten))

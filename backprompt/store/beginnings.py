@@ -8,6 +8,7 @@ A listing of `begins/<start>/` names all entries at this key with their first to
 
 from __future__ import annotations
 
+import itertools
 import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
@@ -33,13 +34,7 @@ class Beginning:
     @classmethod
     def of(cls, header: Header) -> Beginning:
         """Return the beginning of an entry: as many token ids as a name has room for."""
-        num_ids, num_chars = 0, 0
-        for token_id in header.token_ids:
-            num_chars += len(f"{token_id:x}.")
-            if num_chars > MAX_CHARS:
-                break
-            num_ids += 1
-        return cls(tuple(header.token_ids[:num_ids]), len(header.token_ids), header.end)
+        return cls(_shown(tuple(header.token_ids)), len(header.token_ids), header.end)
 
     @classmethod
     def parsed(cls, name: str) -> Beginning | None:
@@ -108,21 +103,28 @@ class Beginnings:
 
     def goes_on(self, token_ids: tuple[int, ...], ids_of: Callable[[str], Sequence[int] | None]) -> bool:
         """Return whether an entry begins with `token_ids` and has more tokens; `ids_of`: see `longest`."""
-        num_tokens = len(token_ids)
+        num_tokens, ordered, shown = len(token_ids), self._sorted, _shown(token_ids)
+        first = bisect_left(ordered, shown, key=lambda beginning: beginning.token_ids)
+        behind = map(ordered.__getitem__, range(first, len(ordered)))
         return any(
-            beginning.token_ids[:num_tokens] == token_ids
+            len(shown) == num_tokens
             or (
-                not beginning.is_whole
-                and beginning.token_ids == token_ids[: len(beginning.token_ids)]
+                beginning.token_ids == shown
                 and (ids := ids_of(self._name(beginning))) is not None
                 and tuple(ids[:num_tokens]) == token_ids
             )
-            for beginning in self._sorted
+            for beginning in itertools.takewhile(lambda found: found.token_ids[: len(shown)] == shown, behind)
             if beginning.num_tokens > num_tokens
         )
 
     def _name(self, beginning: Beginning) -> str:
         return f"{self._start}-{beginning.end}"
+
+
+def _shown(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the first ids, as many as a name has room for."""
+    ends = itertools.accumulate(len(f"{token_id:x}.") for token_id in token_ids)
+    return token_ids[: sum(1 for _ in itertools.takewhile(MAX_CHARS.__ge__, ends))]
 
 
 def _num_tokens(match: Match) -> int:
