@@ -186,7 +186,8 @@ class Store(ABC):
         """Return whether an entry at this key may begin with `token_ids` and have more tokens.
 
         An `LM` asks this of prompts. If no entry goes on behind a prompt, an `LM` need not look up each completion of
-        the prompt. The answer True is always allowed, and is the default; the results are the same, and take longer.
+        the prompt. The answer True is always allowed, and is the default; the results are the same, and take longer. A
+        subclass that finds more entries by `longest` than its base class must find them here, too.
         """
         return True
 
