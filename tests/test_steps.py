@@ -1,5 +1,6 @@
 """Steps of a generation in place: plan and attention of each step are those that a plan from nothing would give."""
 
+import gc
 import sys
 from collections import Counter
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_spans_of_several_buffers_take_tokens_in_together():
 
 
 def calls_of(work):
-    """How often each function of the package is called."""
+    """How often each function of the package is called, without the end of what other tests have left."""
     package, calls = str(Path(backprompt.__file__).parent), Counter()
 
     def note(frame, event, argument):
@@ -211,11 +212,14 @@ def calls_of(work):
         if event == "call" and code.co_filename.startswith(package):
             calls[Path(code.co_filename).name, code.co_name] += 1
 
+    gc.collect()
+    gc.disable()
     sys.setprofile(note)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 
