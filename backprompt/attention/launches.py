@@ -44,7 +44,7 @@ class Launcher:
     ) -> None:
         """Launch `num_programs` programs on the current device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
-        is_long = max(others, default=0) >= 1 << 31
+        is_long = max(others, default=0) >= 1 << 31  # the first launch decides the number of bits of each
         kind = *[address % 16 for address in addresses], *[_kind_of(size) for size in sizes], is_long
         compiled = self._compiled.get(kind)
         if compiled is not None:
