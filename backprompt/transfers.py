@@ -1,4 +1,4 @@
-"""Copies from the host to a device that do not wait for the device."""
+"""Copies between the host and a device that do not wait for the device."""
 
 from __future__ import annotations
 
@@ -26,3 +26,23 @@ def copy_to(target: Tensor, values: npt.NDArray[Any]) -> None:
     if target.device.type == "cuda":
         source = source.pin_memory()
     target[: len(source)].copy_(source, non_blocking=True)
+
+
+class Arriving:
+    """A copy of a tensor that is on its way to the host; later work on the device may overwrite the tensor itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        is_cuda = tensor.device.type == "cuda"
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda)
+        self._copy.copy_(tensor, non_blocking=is_cuda)
+        self._has_arrived: torch.cuda.Event | None = None
+        if is_cuda:
+            self._has_arrived = torch.cuda.current_stream(tensor.device).record_event()
+
+    def numbers(self) -> npt.NDArray[Any]:
+        """Return the copy; the first call waits for it, but not for work that was given to the device later."""
+        if self._has_arrived is not None:
+            self._has_arrived.synchronize()
+            self._has_arrived = None
+        found: npt.NDArray[Any] = self._copy.numpy()
+        return found

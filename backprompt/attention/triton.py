@@ -148,11 +148,19 @@ class StandingTriton:
     def load(self, prepared: PreparedAttention) -> bool:
         """Set the step for which an attention is prepared; see `StandingAttention.load`."""
         assert isinstance(prepared, PreparedTriton), prepared
-        segments = prepared.segments.padded(self._num_rows)
+        return self._load(prepared.segments)
+
+    def load_next(self, prepared: PreparedAttention) -> bool:
+        """Set the step behind the one for which an attention is prepared; see `StandingAttention.load_next`."""
+        assert isinstance(prepared, PreparedTriton), prepared
+        return self._load(prepared.segments.next_step())
+
+    def _load(self, segments: Segments) -> bool:
+        padded = segments.padded(self._num_rows)
         if self._forest is None:
-            self._forest = OneLaunch(segments, has_room=True)
+            self._forest = OneLaunch(padded, has_room=True)
             return True
-        return self._forest.load(segments)
+        return self._forest.load(padded)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""

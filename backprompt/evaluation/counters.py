@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from backprompt.model.in_flight import Way, Work
+from backprompt.model.forwarded import Way, Work
 
 
 @dataclass

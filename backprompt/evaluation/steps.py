@@ -25,10 +25,29 @@ from backprompt.forest.span import FAN, Span
 from backprompt.forest.steps import StepPlan
 from backprompt.memory.blocks import BlockRows, States
 from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
-from backprompt.model.in_flight import Forwarded
+from backprompt.model.forwarded import Forwarded
+from backprompt.model.graphs import Launched
+from backprompt.model.report import MostProbable
 
 Token: TypeAlias = "tuple[Span, int]"
 """The last span of a text, and the token that continues it."""
+
+
+@dataclass(frozen=True)
+class Following:
+    """The expected tokens behind those of a step.
+
+    Attributes:
+        are_most_probable: whether each text goes on with its most probable token.
+        go_on: whether the step after this one will probably continue the same texts, or some of them.
+
+    """
+
+    are_most_probable: bool = False
+    go_on: bool = False
+
+
+NOTHING_KNOWN = Following()
 
 
 @dataclass(frozen=True)
@@ -38,22 +57,33 @@ class Stepped:
     Attributes:
         tokens: the last span and the new token of each text, as given.
         ends: the last span of each text now, with the new token.
-        hidden: the final hidden state behind each text, `(texts, hidden)`.
+        hidden: the final hidden state behind each text, `(texts, hidden)`; None if these must be read from the spans.
+        most_probable: the next tokens, where they were asked for and a graph has found them.
+        logits: the logits behind each text, `(texts, vocab)`, where the most probable tokens are not enough and a graph
+            has computed the logits.
+        are_weights_same: the result of a graph's look at the weights; None if there was no look.
 
     """
 
     tokens: Sequence[Token]
     ends: Sequence[Span]
-    hidden: Tensor
+    hidden: Tensor | None
+    most_probable: MostProbable | None = None
+    logits: Tensor | None = None
+    are_weights_same: bool | None = None
 
 
 @dataclass
 class _NextStep:
-    """The plan of the next step and its attention, and the number of steps for which both can still be used."""
+    """The plan of the next step and its attention, and the number of steps for which both can still be used.
+
+    `launched`: the next step, if it was launched already.
+    """
 
     plan: StepPlan
     attention: PreparedAttention
     num_left: int
+    launched: Launched | None = None
 
 
 class Steps:
@@ -69,7 +99,9 @@ class Steps:
         self._computation = computation
         self._growth = growth
 
-    def extend(self, owners: Collection[object], tokens: Mapping[Token, TokenScore]) -> Stepped | None:
+    def extend(
+        self, owners: Collection[object], tokens: Mapping[Token, TokenScore], following: Following = NOTHING_KNOWN
+    ) -> Stepped | None:
         """Forward a token behind each of several texts, and let the texts take it in.
 
         A text whose last span cannot take a token in gets a new span.
@@ -77,6 +109,7 @@ class Steps:
         Args:
             owners: the owners of the texts, as given to `Holders.let_grow`.
             tokens: the score of each token. A text may have several continuations.
+            following: the expected tokens of the next step.
 
         Returns:
             The texts after the step. None if the step is not possible for all of them; then no text has changed.
@@ -94,12 +127,11 @@ class Steps:
             plan.begin([growing[end] for end in plan.ends])
         started = time.perf_counter()
         with computation.blaming_weights():
-            if is_mixed:
-                forwarded = computation.executor.forward(plan.pass_, step.attention)
-            else:
-                forwarded = computation.executor.step(
-                    plan.pass_, step.attention, partial(self._growth.places, plan.ends)
-                )
+            forwarded = computation.executor.forward(plan.pass_, step.attention) if is_mixed else self._forwarded(step)
+        logits = self._logits(forwarded, following)
+        behind = None
+        if following.are_most_probable and following.go_on and forwarded.launched is not None and step.num_left > 1:
+            behind = computation.executor.step_behind(forwarded.launched, step.attention)
         executor, in_order = computation.executor, plan.tokens  # made while the device computes
         scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
@@ -111,13 +143,18 @@ class Steps:
         counters.tokens_computed += len(tokens)
         counters.seconds += time.perf_counter() - started
         ends = self._keep(plan, in_order, growing, forwarded, states)
-        stepped = Stepped(in_order, ends, forwarded.hidden)
-        computation.memory.touch(stepped.ends)
+        computation.memory.touch(ends)
+        report = None if forwarded.launched is None else forwarded.launched.report
+        chosen = report.most_probable if report is not None and following.are_most_probable else None
         if not is_mixed:
             plan.advance()
             step.num_left -= 1
+            step.launched = None if behind is None or chosen is None else behind.with_tokens(chosen.token_ids)
             forest.next_step = step
-        return stepped
+        if chosen is not None or logits is not None:
+            counters.logit_rows += len(tokens)
+        hidden = None if forwarded.are_placed else forwarded.hidden
+        return Stepped(in_order, ends, hidden, chosen, logits, None if report is None else report.are_weights_same)
 
     def end(self, ends: Iterable[Span]) -> None:
         """Forget the next step's plan, which keeps rows alive, if all its texts ended or the budget is exceeded."""
@@ -144,6 +181,13 @@ class Steps:
                 return None  # an ordinary evaluation finds the token there, or unfolds the fan
         return growing
 
+    def _forwarded(self, step: _NextStep) -> Forwarded:
+        """Return the output of a step: the one that was launched ahead, if it is the same step."""
+        executor, plan, launched = self._computation.executor, step.plan, step.launched
+        step.launched = None
+        forwarded = None if launched is None else executor.taken(launched, plan.pass_.token_ids)
+        return forwarded or executor.step(plan.pass_, step.attention, partial(self._growth.places, plan.ends))
+
     def _next_step(self, ends: Collection[Span]) -> _NextStep:
         """Return the next step of texts that all take a token in: the step after the last one, or a new plan."""
         step = self._computation.forest.next_step
@@ -152,6 +196,7 @@ class Steps:
             are_all = len(rows) == len(step.plan.ends)
             if not are_all:
                 step.plan.keep(rows)
+                step.launched = None if step.launched is None else step.launched.kept(rows)
             if len(rows) == len(ends) and step.plan.is_current():
                 step.attention.advance(None if are_all else rows)
                 return step
@@ -171,6 +216,12 @@ class Steps:
         to_come = [Span((token_id,), end.stop, end) for end, token_id in tokens]
         plan = StepPlan(to_come, computation.tile_tokens)
         return _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps), num_steps)
+
+    @staticmethod
+    def _logits(forwarded: Forwarded, following: Following) -> Tensor | None:
+        """Return the logits that a graph has computed, where the most probable tokens are not enough."""
+        launched = forwarded.launched
+        return None if launched is None or following.are_most_probable else launched.logits()
 
     def _keep(
         self, plan: StepPlan, tokens: Sequence[Token], growing: Container[Span], forwarded: Forwarded, states: States

@@ -25,8 +25,8 @@ from backprompt.evaluation.predictions import slices
 from backprompt.generation.constrained import AllowedTokens, allowed_rows
 from backprompt.generation.decoding import Rules, TextDecoding
 from backprompt.generation.found import Choice, Completion
-from backprompt.generation.quick import first_of_largest, quickly_processed
-from backprompt.logprobs import log_softmax
+from backprompt.generation.quick import quickly_processed
+from backprompt.logprobs import first_of_largest, log_softmax
 from backprompt.tokens.matching import Allowed
 
 NOISE_BYTES = 4 << 20
@@ -89,10 +89,14 @@ class Ruled(Protocol):
 
 @dataclass(frozen=True)
 class Logits:
-    """Rows of logits, in slices as the head computed them: `(slice_rows, vocab)` each, the last one maybe shorter."""
+    """Rows of logits, in slices as the head computed them: `(slice_rows, vocab)` each, the last one maybe shorter.
+
+    `most_probable`: the most probable token of each row, where these are known; then there may be no slices.
+    """
 
     slices: Sequence[Tensor]
     slice_rows: int
+    most_probable: Sequence[Choice] | None = None
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """Return these rows, `(rows, vocab)`; a whole slice is not copied."""
@@ -143,6 +147,8 @@ def _add(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
 
 def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choice]:
     """Return the choice for each text by its row of the logits."""
+    if logits.most_probable is not None and texts[0][0].takes_most_probable:
+        return [logits.most_probable[row] for _, row in texts]
     is_drawn = texts[0][0].is_drawn
     found = []
     for group in slices(texts, logits.slice_rows):

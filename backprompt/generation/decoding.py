@@ -348,6 +348,11 @@ class TextDecoding:
         """The number of ids so far, the prompt included."""
         return len(self._prompt_ids) + len(self._choices)
 
+    @property
+    def takes_most_probable(self) -> bool:
+        """Whether the next token is the most probable one, and no rule needs to see its logits."""
+        return not (self._device is None or self.is_drawn or self.rules.processors or self._matching)
+
     def begin(self, device: torch.device) -> None:
         """Make the rules and the generator on the device of the scores; later calls do nothing."""
         if self._device is None:

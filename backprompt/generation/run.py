@@ -141,6 +141,18 @@ class Run:
         """The largest number of texts of the next step: the live ones, and those that may begin."""
         return min(MAX_LIVE_TEXTS, len(self.live) + len(self.prompts) - self._num_begun)
 
+    @property
+    def takes_most_probable(self) -> bool:
+        """Whether each live text takes its most probable token next, whatever the logits are."""
+        decoding = self.live[0].decoding  # all texts have the same options
+        return isinstance(decoding, TextDecoding) and decoding.takes_most_probable
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the step after the next one will probably continue the live texts, or some of them."""
+        num_new = self.live[-1].decoding.num_new  # that of the text that began last
+        return self._num_begun == len(self.prompts) and num_new + 1 < self.decoding.max_new_tokens
+
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text so far; with beams, up to `num_each`."""
         return [decoding.found(num_each) for decoding in self._decodings]

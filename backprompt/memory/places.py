@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from backprompt.memory.blocks import KeysValues, States
 
@@ -24,6 +25,15 @@ class Places:
     blocks: Sequence[tuple[KeysValues, States]]
     block_idx: npt.NDArray[np.int64]
     target_rows: npt.NDArray[np.int64]
+
+    def next_rows(self, kept: Sequence[int]) -> Places:
+        """Return the places behind these, for some of the rows."""
+        rows = np.array(kept)
+        return Places(self.blocks, self.block_idx[rows], self.target_rows[rows] + 1)
+
+    def first_tensors(self) -> list[Tensor]:
+        """Return the first tensors of each block: if the rows of a block have moved, these are other tensors."""
+        return [block.tensors[block.first_name] for pair in self.blocks for block in pair]
 
     def addresses(self) -> npt.NDArray[np.int64]:
         """Return the addresses of the tensors of each block.

@@ -37,8 +37,10 @@ from backprompt.model import skeleton, spread
 from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
+from backprompt.model.forwarded import Computed, Forwarded
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import Computed, Forwarded, InFlight, Way, no_layers_error, run_body
+from backprompt.model.graphs import Launched, Step
+from backprompt.model.in_flight import InFlight, no_layers_error, run_body
 from backprompt.model.int8 import speed_up_int8
 from backprompt.model.levels import NO_ATTENTION, Levels
 from backprompt.model.limits import limits_of
@@ -128,7 +130,7 @@ class Executor:
         self.may_stop = not spread.is_spread(model)
         """Whether a call of the body may be left in the middle: hooks that move weights must run to their end."""
         if not spread.is_spread(model):  # hooks move weights between steps
-            self.steps = captured_steps(self._body, self._attention)
+            self.steps = captured_steps(self._body, self._head, self._attention)
         _register(self._name, self)
 
     def _take(self, body: nn.Module) -> None:
@@ -213,11 +215,21 @@ class Executor:
         if self.steps is None or not are_plain(pass_.token_ids):  # a graph has all rows under the active adapters
             return self.forward(pass_, attention)
         self.limits.check_placeholders(pass_.token_ids)
-        replayed = self.steps.step(self.run, pass_, attention, places())
-        if replayed is None:
-            return self.forward(pass_, attention)
-        way: Way = "recorded" if replayed.is_first else "replayed"
-        return Forwarded(replayed.keys_values, replayed.hidden, replayed.is_finite, replayed.are_placed, way)
+        step = Step(list(pass_.token_ids), pass_.positions, places())
+        launched = self.steps.launch(self, step, attention)
+        return self.forward(pass_, attention) if launched is None else Forwarded.of(launched)
+
+    def step_behind(self, launched: Launched, attention: PreparedAttention) -> Launched | None:
+        """Launch the step behind another one, ahead of its tokens, if possible; see `CapturedSteps.launch_behind`.
+
+        `attention`: the prepared attention of the step before.
+        """
+        return None if self.steps is None else self.steps.launch_behind(launched, attention)
+
+    def taken(self, launched: Launched, token_ids: Sequence[int]) -> Forwarded | None:
+        """Return the output of a step that was launched ahead, if it is that of a step with these tokens."""
+        is_taken = self.steps is not None and self.steps.take(launched, list(token_ids))
+        return Forwarded.of(launched) if is_taken else None
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: the prepared attention, if there is one.

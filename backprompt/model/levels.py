@@ -35,7 +35,7 @@ from backprompt.memory.blocks import BlockRows, KeysValues, keys_values_of, laye
 from backprompt.memory.budget import free_bytes
 from backprompt.memory.snapshots import KeysValuesAndSnapshots, snapshot_of
 from backprompt.model.cache_form import KEYS_VALUES_NAMES, Body, CacheForm
-from backprompt.model.in_flight import Forwarded, Work
+from backprompt.model.forwarded import Forwarded, Work
 
 MAX_CACHE_BYTES = 256 << 20
 """The largest number of bytes for the caches of a call, unless the cache of a single text is larger."""
