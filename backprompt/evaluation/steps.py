@@ -27,7 +27,7 @@ from backprompt.memory.blocks import BlockRows, States
 from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
 from backprompt.model.forwarded import Forwarded
 from backprompt.model.graphs import Launched
-from backprompt.model.report import MostProbable
+from backprompt.model.report import Report
 
 Token: TypeAlias = "tuple[Span, int]"
 """The last span of a text, and the token that continues it."""
@@ -58,19 +58,17 @@ class Stepped:
         tokens: the last span and the new token of each text, as given.
         ends: the last span of each text now, with the new token.
         hidden: the final hidden state behind each text, `(texts, hidden)`; None if these must be read from the spans.
-        most_probable: the next tokens, where they were asked for and a graph has found them.
-        logits: the logits behind each text, `(texts, vocab)`, where the most probable tokens are not enough and a graph
-            has computed the logits.
-        are_weights_same: the result of a graph's look at the weights; None if there was no look.
+        report: the report of the graph that has computed the step; None without a graph.
+        logits: the logits behind each text, `(texts, vocab)`, where the most probable tokens are not enough and the
+            graph has computed the logits.
 
     """
 
     tokens: Sequence[Token]
     ends: Sequence[Span]
     hidden: Tensor | None
-    most_probable: MostProbable | None = None
+    report: Report | None = None
     logits: Tensor | None = None
-    are_weights_same: bool | None = None
 
 
 @dataclass
@@ -129,9 +127,7 @@ class Steps:
         with computation.blaming_weights():
             forwarded = computation.executor.forward(plan.pass_, step.attention) if is_mixed else self._forwarded(step)
         logits = self._logits(forwarded, following)
-        behind = None
-        if following.are_most_probable and following.go_on and forwarded.launched is not None and step.num_left > 1:
-            behind = computation.executor.step_behind(forwarded.launched, step.attention)
+        behind = self._launched_behind(step, forwarded, following)
         executor, in_order = computation.executor, plan.tokens  # made while the device computes
         scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
@@ -145,16 +141,16 @@ class Steps:
         ends = self._keep(plan, in_order, growing, forwarded, states)
         computation.memory.touch(ends)
         report = None if forwarded.launched is None else forwarded.launched.report
-        chosen = report.most_probable if report is not None and following.are_most_probable else None
+        most_probable = None if report is None else report.most_probable
+        if most_probable is not None:
+            counters.logit_rows += len(tokens)
         if not is_mixed:
             plan.advance()
             step.num_left -= 1
-            step.launched = None if behind is None or chosen is None else behind.with_tokens(chosen.token_ids)
+            if behind is not None and most_probable is not None:
+                step.launched = behind.with_tokens(most_probable.token_ids)
             forest.next_step = step
-        if chosen is not None or logits is not None:
-            counters.logit_rows += len(tokens)
-        hidden = None if forwarded.are_placed else forwarded.hidden
-        return Stepped(in_order, ends, hidden, chosen, logits, None if report is None else report.are_weights_same)
+        return Stepped(in_order, ends, None if forwarded.are_placed else forwarded.hidden, report, logits)
 
     def end(self, ends: Iterable[Span]) -> None:
         """Forget the next step's plan, which keeps rows alive, if all its texts ended or the budget is exceeded."""
@@ -185,8 +181,20 @@ class Steps:
         """Return the output of a step: the one that was launched ahead, if it is the same step."""
         executor, plan, launched = self._computation.executor, step.plan, step.launched
         step.launched = None
-        forwarded = None if launched is None else executor.taken(launched, plan.pass_.token_ids)
-        return forwarded or executor.step(plan.pass_, step.attention, partial(self._growth.places, plan.ends))
+        if launched is not None and (forwarded := executor.taken(launched, plan.pass_.token_ids)) is not None:
+            self._computation.counters.tokens_ahead -= len(launched.rows)
+            return forwarded
+        return executor.step(plan.pass_, step.attention, partial(self._growth.places, plan.ends))
+
+    def _launched_behind(self, step: _NextStep, forwarded: Forwarded, following: Following) -> Launched | None:
+        """Launch the step behind one that a graph computes, if its tokens are those that the graph finds."""
+        is_expected = following.are_most_probable and following.go_on and step.num_left > 1
+        if forwarded.launched is None or not is_expected:
+            return None
+        behind = self._computation.executor.step_behind(forwarded.launched, step.attention)
+        if behind is not None:
+            self._computation.counters.tokens_ahead += len(behind.rows)
+        return behind
 
     def _next_step(self, ends: Collection[Span]) -> _NextStep:
         """Return the next step of texts that all take a token in: the step after the last one, or a new plan."""

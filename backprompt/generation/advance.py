@@ -15,7 +15,6 @@ from torch import Tensor
 
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.scores import TokenScore
-from backprompt.evaluation.scoring import unusable_rows
 from backprompt.evaluation.steps import Following, Stepped, Token
 from backprompt.forest.span import Span
 from backprompt.generation.choosing import Logits
@@ -112,7 +111,8 @@ def advance(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choic
     ends = [*grown.distinct, *new]
     found_by_graph = None if new else _found_by_graph(grown.stepped)
     logits = _logits(evaluator, grown, new) if found_by_graph is None else found_by_graph
-    are_same = None if grown.stepped is None or found_by_graph is None else grown.stepped.are_weights_same
+    report = None if grown.stepped is None or found_by_graph is None else grown.stepped.report
+    are_same = None if report is None else report.are_weights_same
     evaluator.computation.check_unchanged(are_same)  # before any token is chosen by these logits
     row_of = {end: row for row, end in enumerate(ends)}
     found: list[Advance] = []
@@ -153,15 +153,11 @@ def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice
 
 def _found_by_graph(stepped: Stepped | None) -> Logits | None:
     """Return the logits, or the most probable tokens, that a graph has found behind all texts; None without a graph."""
-    if stepped is None:
+    found = None if stepped is None or stepped.report is None else stepped.report.most_probable
+    if stepped is None or found is None or not found.are_of_distributions:
         return None
-    chosen = stepped.most_probable
-    if chosen is not None and chosen.are_of_distributions:
-        choices = map(Choice.most_probable, chosen.token_ids, chosen.logprobs)
-        return Logits((), len(stepped.ends), list(choices))
-    if stepped.logits is not None and not unusable_rows(stepped.logits):
-        return Logits([stepped.logits], len(stepped.ends))
-    return None
+    choices = list(map(Choice.most_probable, found.token_ids, found.logprobs))
+    return Logits([] if stepped.logits is None else [stepped.logits], len(stepped.ends), choices)
 
 
 def _logits(evaluator: Evaluator, grown: _Grown, new: Sequence[Span]) -> Logits:

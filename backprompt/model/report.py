@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -66,7 +67,7 @@ class Report:
         found = float(self.numbers[1, 0])
         return None if found < 0 else found > 0
 
-    @property
+    @cached_property
     def most_probable(self) -> MostProbable | None:
         """The most probable token behind each row; None if the head is not part of the graph."""
         if len(self.numbers) < 5:

@@ -1,0 +1,248 @@
+"""Captured steps that are launched before their tokens are read: nothing but the order of the work differs."""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
+
+import test_captured
+from backprompt import LM, NonFiniteError, StaleRepresentationError, Text, generate
+from backprompt.memory import growth
+from backprompt.model import graphs, weights
+from backprompt.model.recording import Output, Recording
+from backprompt.model.weights import WeightsMonitor
+from comparing import assert_close
+from reference import plain_greedy, plain_token_logprobs
+from test_captured import capture, captured, counts_of, stepping, texts_of
+from tiny_models import FAMILIES
+
+__all__ = ["captured"]
+
+ENDS = {"eos_token_id": list(range(0, 320, 9))}
+ACTIONS = ("nothing", "nothing", "evaluate", "clear", "pin", "unpin", "other", "longer", "split")
+PROMPTS = ("The cat sat on", "A", "The cat sat and", "The dog")
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_step_before_are_read(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the last step has none behind it."""
+    events: list[str] = []
+
+    def noting(compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+        recording = test_captured.record(compute, finish)
+
+        def replay() -> None:
+            events.append("launched")
+            recording.replay()
+
+        return replace(recording, replay=replay)
+
+    class Noted(graphs.Arriving):
+        def numbers(self) -> Any:
+            events.append("read")
+            return super().numbers()
+
+    monkeypatch.setattr(graphs, "Arriving", Noted)
+    monkeypatch.setattr(growth, "ROWS_AT_A_TIME", 64)  # a text without room moves first
+    capture(monkeypatch, noting)
+    lm = LM(model, tokenizer)
+    assert stepping(lm, 20) == plain_greedy(model, Text("The cat", lm).tokens, 20)
+    del events[0]  # the comparison with the plain run
+    counts = counts_of(lm)
+    assert events == ["launched", *["launched", "read"] * counts["ahead"], "read"]
+    assert counts["taken"] == counts["ahead"] == counts["replayed"] - 1
+    assert lm.stats.tokens_ahead == 0
+
+
+def act(action: str, lm: LM, run: Any, other: Any, pins: list[Any]) -> None:
+    """Do something between two steps of a generation."""
+    (first, *_), ids = run.results(), [text.tokens for (text,) in run.results()]
+    if action == "evaluate":
+        first[0].logits  # noqa: B018
+    elif action == "clear":
+        lm.clear()
+    elif action == "pin":
+        pins.append(first[0].pin())
+    elif action == "unpin" and pins:
+        pins.pop().release()
+    elif action == "other":
+        other.run.step()
+    elif action == "longer":
+        lm.evaluate([Text.from_tokens([*own, 5, 6], lm) for own in ids])
+    elif action == "split":
+        lm.evaluate([Text.from_tokens([*own[:-2], 7], lm) for own in ids if len(own) > 3])
+
+
+def outcome(lm: LM, prompts: list[str], actions: list[str], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The texts of a generation with actions between its steps, and the work that it took."""
+    stream = Text(prompts[0], lm).stream(max_new_tokens=24, **options)
+    run = type(stream.run)(lm, [Text(prompt, lm) for prompt in prompts], stream.run.decoding)
+    other = Text("The cat", lm).stream(max_new_tokens=24)
+    pins: list[Any] = []
+    is_going_on, left = True, list(actions)
+    while is_going_on:
+        is_going_on = run.step()
+        act(left.pop() if left else "nothing", lm, run, other, pins)
+    found = [text for (text,) in run.results()]
+    more = [text for text in (*found, other.text) if text.tokens]
+    lm.session.evaluator.executor.forget_graphs()
+    gc.collect()  # the fakes of this machine keep blocks
+    stats = lm.stats
+    texts = [(text.tokens, text.token_logprobs.nan_to_num().tolist()) for text in more]
+    run.close(), other.run.close()
+    return [tokens for tokens, _ in texts], [x for _, row in texts for x in row], stats.tokens_computed, stats.bytes_held
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@given(
+    prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=5),
+    actions=st.lists(st.sampled_from(ACTIONS), max_size=24),
+    options=st.sampled_from([{}, ENDS, ENDS, {"temperature": 0.8, "seed": 3}]),
+    rows_at_a_time=st.sampled_from([3, 16]),
+    budget=st.sampled_from([None, None, 60]),
+)
+@settings(max_examples=12, phases=[Phase.generate])
+def test_nothing_but_the_order_of_the_work_differs(
+    name: str,
+    prompts: list[str],
+    actions: list[str],
+    options: dict[str, Any],
+    rows_at_a_time: int,
+    budget: int | None,
+    tokenizer: Any,
+) -> None:
+    """Tokens, scores, computed tokens and held bytes are those of steps without graphs, whatever happens between."""
+    with pytest.MonkeyPatch.context() as patch:
+        capture(patch)
+        patch.setattr(growth, "ROWS_AT_A_TIME", rows_at_a_time)
+        model = FAMILIES[name]()
+        memory = {} if budget is None else {"memory_bytes": budget * token_bytes(model, tokenizer)}
+        lms = [LM(model, tokenizer, **memory) for _ in range(2)]
+        lms[1].session.evaluator.executor.steps = None
+        found, expected = (outcome(lm, prompts, actions, options) for lm in lms)
+        assert found[0] == expected[0]
+        assert_close(torch.tensor(found[1]), torch.tensor(expected[1]))
+        assert budget is not None or found[2:] == expected[2:]  # with a budget, rows that the fakes keep count
+
+
+def token_bytes(model: Any, tokenizer: Any) -> int:
+    lm = LM(model, tokenizer)
+    lm.evaluate([Text("A", lm)])
+    return lm.session.evaluator.executor.token_bytes
+
+
+@pytest.mark.usefixtures("captured")
+def test_texts_that_end_leave_the_steps_of_the_others_ahead(model: Any, tokenizer: Any) -> None:
+    """Also where the others go on with a smaller graph. The rows of ended texts are the only ones too many."""
+    lm = LM(model, tokenizer)
+    generate(texts_of(lm) * 2, max_new_tokens=30, **ENDS)  # records the graphs
+    lm.clear()
+    before, num_ahead = counts_of(lm), lm.stats.tokens_ahead
+    prompts = [Text(prompt, lm) for prompt in PROMPTS]
+    found = generate(prompts, max_new_tokens=30, **ENDS)
+    lengths = [len(text.completion_tokens) for text in found]
+    assert len(set(lengths)) > 1, "the texts end at different steps"
+    for text in found:
+        assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 30)[: len(text.completion_tokens)]
+        assert_close(text.token_logprobs, plain_token_logprobs(model, text.tokens))
+    counts = counts_of(lm)
+    assert counts["taken"] > before["taken"] + max(lengths) // 2
+    assert lm.stats.tokens_ahead - num_ahead <= len(prompts)
+
+
+@pytest.mark.usefixtures("captured")
+def test_greedy_and_sampled_texts_share_a_step(model: Any, tokenizer: Any) -> None:
+    """Then the logits of the step serve both."""
+    lm = LM(model, tokenizer)
+    options = {"max_new_tokens": 16, "temperature": 0.9, "seed": 5}
+    alone = Text("The cat", LM(model, tokenizer)).generate(**options).completion_tokens
+    greedy = Text("The dog", lm).stream(max_new_tokens=16)
+    sampled = Text("The cat", lm).stream(**options)
+    for _ in range(3):
+        greedy.run.step(), sampled.run.step()
+    while any(stream.run.live for stream in (greedy, sampled)):
+        calls = [type_of_step(stream.run) for stream in (greedy, sampled)]
+        lm.session.answer_together(calls)
+        with lm.session.exclusive():
+            for call in calls:
+                call.finish()
+    assert sampled.text.completion_tokens == alone
+    assert greedy.text.completion_tokens == plain_greedy(model, Text("The dog", lm).tokens, 16)
+    assert counts_of(lm)["replayed"] > 8
+
+
+def type_of_step(run: Any) -> Any:
+    from backprompt.generation.run import _Step
+
+    return _Step(run)
+
+
+# The look at the weights
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as on a device that numpy cannot read."""
+    monkeypatch.setattr(weights, "_is_plain", lambda view: False)
+    capture(monkeypatch)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_captured_step_looks_at_the_weights_itself(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM(model, tokenizer)
+    looks: list[int] = []
+    has_changed = WeightsMonitor.has_changed
+
+    def noted(monitor: WeightsMonitor) -> bool:
+        looks.append(1)
+        return has_changed(monitor)
+
+    monkeypatch.setattr(WeightsMonitor, "has_changed", noted)
+    by_step: list[int] = []
+    tokens = stepping(lm, 20, lambda num, run: by_step.append(len(looks)))
+    assert tokens == plain_greedy(model, Text("The cat", lm).tokens, 20)
+    assert by_step[-1] == by_step[-10] > 0
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 1}], ids=str)
+def test_numbers_that_change_unseen_by_the_host_end_a_generation(options: dict[str, Any], tokenizer: Any) -> None:
+    model = FAMILIES["llama"]()
+    lm = LM(model, tokenizer)
+    stream = Text("The cat", lm).stream(max_new_tokens=30, **options)
+    for _ in range(12):
+        stream.run.step()
+    assert counts_of(lm)["replayed"] > 6
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    with pytest.raises(StaleRepresentationError):
+        for _ in range(2):  # the next step may be computed already, by the weights of before
+            stream.run.step()
+    after = Text("The cat", lm).generate(max_new_tokens=8).completion_tokens
+    assert after == plain_greedy(model, Text("The cat", lm).tokens, 8)
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 1}], ids=str)
+def test_logits_of_a_graph_that_are_no_distribution(
+    options: dict[str, Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["llama"]()
+    lm = LM(model, tokenizer)
+    for look in ("has_changed", "has_moved"):
+        monkeypatch.setattr(WeightsMonitor, look, lambda self: False)
+    stream = Text("The cat", lm).stream(max_new_tokens=30, **options)
+    for _ in range(12):
+        stream.run.step()
+    model.lm_head.weight.data[7] = math.nan
+    with pytest.raises(NonFiniteError):
+        for _ in range(2):
+            stream.run.step()
