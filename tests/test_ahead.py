@@ -14,15 +14,18 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
 
 import test_captured
+from test_captured import capture, captured, counts_of, stepping, texts_of
+
 from backprompt import LM, NonFiniteError, StaleRepresentationError, Text, generate
 from backprompt.memory import growth
-from backprompt.model import graphs, weights
+from backprompt.model import graphs
 from backprompt.model.recording import Output, Recording
 from backprompt.model.weights import WeightsMonitor
 from comparing import assert_close
+from other_device import OtherDevice
 from reference import plain_greedy, plain_token_logprobs
-from test_captured import capture, captured, counts_of, stepping, texts_of
 from tiny_models import FAMILIES
+from waiting import all_at_once
 
 __all__ = ["captured"]
 
@@ -97,9 +100,9 @@ def outcome(lm: LM, prompts: list[str], actions: list[str], options: dict[str, A
     lm.session.evaluator.executor.forget_graphs()
     gc.collect()  # the fakes of this machine keep blocks
     stats = lm.stats
-    texts = [(text.tokens, text.token_logprobs.nan_to_num().tolist()) for text in more]
+    logprobs = torch.cat([text.token_logprobs.nan_to_num() for text in more])
     run.close(), other.run.close()
-    return [tokens for tokens, _ in texts], [x for _, row in texts for x in row], stats.tokens_computed, stats.bytes_held
+    return [text.tokens for text in more], logprobs, stats.tokens_computed, stats.bytes_held
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -130,7 +133,7 @@ def test_nothing_but_the_order_of_the_work_differs(
         lms[1].session.evaluator.executor.steps = None
         found, expected = (outcome(lm, prompts, actions, options) for lm in lms)
         assert found[0] == expected[0]
-        assert_close(torch.tensor(found[1]), torch.tensor(expected[1]))
+        assert_close(found[1], expected[1])
         assert budget is not None or found[2:] == expected[2:]  # with a budget, rows that the fakes keep count
 
 
@@ -165,55 +168,61 @@ def test_greedy_and_sampled_texts_share_a_step(model: Any, tokenizer: Any) -> No
     lm = LM(model, tokenizer)
     options = {"max_new_tokens": 16, "temperature": 0.9, "seed": 5}
     alone = Text("The cat", LM(model, tokenizer)).generate(**options).completion_tokens
-    greedy = Text("The dog", lm).stream(max_new_tokens=16)
-    sampled = Text("The cat", lm).stream(**options)
-    for _ in range(3):
-        greedy.run.step(), sampled.run.step()
-    while any(stream.run.live for stream in (greedy, sampled)):
-        calls = [type_of_step(stream.run) for stream in (greedy, sampled)]
-        lm.session.answer_together(calls)
-        with lm.session.exclusive():
-            for call in calls:
-                call.finish()
+    greedy, sampled = Text("The dog", lm).stream(max_new_tokens=16), Text("The cat", lm).stream(**options)
+    for stream in (greedy, sampled):
+        next(stream)
+    all_at_once(lm, [lambda stream=stream: list(stream) for stream in (greedy, sampled)])
     assert sampled.text.completion_tokens == alone
     assert greedy.text.completion_tokens == plain_greedy(model, Text("The dog", lm).tokens, 16)
-    assert counts_of(lm)["replayed"] > 8
-
-
-def type_of_step(run: Any) -> Any:
-    from backprompt.generation.run import _Step
-
-    return _Step(run)
+    assert 2 in lm.session.evaluator.executor.steps.graphs
 
 
 # The look at the weights
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights as on a device that numpy cannot read."""
-    monkeypatch.setattr(weights, "_is_plain", lambda view: False)
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Looks at the weights as on a device: the host need not read their numbers. Notes who looks, "step" or "host"."""
     capture(monkeypatch)
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_a_captured_step_looks_at_the_weights_itself(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = LM(model, tokenizer)
-    looks: list[int] = []
+    noted: list[str] = []
     has_changed = WeightsMonitor.has_changed
 
-    def noted(monitor: WeightsMonitor) -> bool:
-        looks.append(1)
+    def by_step(monitor: WeightsMonitor) -> torch.Tensor:
+        noted.append("step")
+        return torch.tensor(not has_changed(monitor))
+
+    def by_host(monitor: WeightsMonitor) -> bool:
+        noted.append("host")
         return has_changed(monitor)
 
-    monkeypatch.setattr(WeightsMonitor, "has_changed", noted)
+    monkeypatch.setattr(WeightsMonitor, "look", by_step)
+    monkeypatch.setattr(WeightsMonitor, "has_changed", by_host)
+    return noted
+
+
+def test_a_captured_step_looks_at_the_weights_itself(model: Any, tokenizer: Any, looks: list[str]) -> None:
+    lm = LM(model, tokenizer)
     by_step: list[int] = []
-    tokens = stepping(lm, 20, lambda num, run: by_step.append(len(looks)))
+    tokens = stepping(lm, 20, lambda num, run: by_step.append(looks.count("host")))
     assert tokens == plain_greedy(model, Text("The cat", lm).tokens, 20)
     assert by_step[-1] == by_step[-10] > 0
+    assert looks.count("step") > 10
 
 
-@pytest.mark.usefixtures("elsewhere")
+def test_a_look_is_computed_where_the_weights_are(model: Any) -> None:
+    assert WeightsMonitor(model).look() is None, "numpy reads numbers on the CPU"
+    with OtherDevice() as device:
+        moved = device.moved(FAMILIES["gpt2"]())
+        monitor = WeightsMonitor(moved)
+        num_waits = sum(device.waits.values())
+        found = [monitor.look()]
+        moved.transformer.h[0].mlp.c_fc.weight.data.mul_(1.5)
+        found.append(monitor.look())
+        assert sum(device.waits.values()) == num_waits
+        assert [bool(same) for same in found] == [True, False]
+
+
+@pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 1}], ids=str)
 def test_numbers_that_change_unseen_by_the_host_end_a_generation(options: dict[str, Any], tokenizer: Any) -> None:
     model = FAMILIES["llama"]()
@@ -224,8 +233,7 @@ def test_numbers_that_change_unseen_by_the_host_end_a_generation(options: dict[s
     assert counts_of(lm)["replayed"] > 6
     model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
     with pytest.raises(StaleRepresentationError):
-        for _ in range(2):  # the next step may be computed already, by the weights of before
-            stream.run.step()
+        take_two_steps(stream)
     after = Text("The cat", lm).generate(max_new_tokens=8).completion_tokens
     assert after == plain_greedy(model, Text("The cat", lm).tokens, 8)
 
@@ -244,5 +252,9 @@ def test_logits_of_a_graph_that_are_no_distribution(
         stream.run.step()
     model.lm_head.weight.data[7] = math.nan
     with pytest.raises(NonFiniteError):
-        for _ in range(2):
-            stream.run.step()
+        take_two_steps(stream)
+
+
+def take_two_steps(stream: Any) -> None:
+    """The first one may be computed already, by the weights of before."""
+    stream.run.step(), stream.run.step()

@@ -77,6 +77,11 @@ class CallsThatStand(CallsAttention):
 
 
 class PreparedForSome(PreparedCalls):
+    def of_next_step(self) -> "PreparedForSome":
+        pass_ = later(self._pass, self._num_done + 1)
+        spans = tuple(Span((0,), span.position + 1, None) for span in pass_.spans)
+        return PreparedForSome(self._attention, Pass(spans, pass_.segments))
+
     def attend(self, layer_idx: int, query: Any, key: Any, value: Any, scoring: Any) -> torch.Tensor:
         num_live = self._pass.num_tokens
         rows = (tensor[:, :num_live] for tensor in (query, key, value))
@@ -95,9 +100,7 @@ class StandingCalls:
         return CallsThatStand.has_room
 
     def load_next(self, prepared: Any) -> bool:
-        pass_ = later(prepared._pass, prepared._num_done + 1)
-        spans = tuple(Span((0,), span.position + 1, None) for span in pass_.spans)
-        return self.load(PreparedForSome(prepared._attention, Pass(spans, pass_.segments)))
+        return self.load(prepared.of_next_step())
 
     def attend(self, layer_idx: int, query: torch.Tensor, *args: Any) -> torch.Tensor:
         assert query.shape[1] == self.num_rows

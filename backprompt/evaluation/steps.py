@@ -181,17 +181,18 @@ class Steps:
         """Return the output of a step: the one that was launched ahead, if it is the same step."""
         executor, plan, launched = self._computation.executor, step.plan, step.launched
         step.launched = None
-        if launched is not None and (forwarded := executor.taken(launched, plan.pass_.token_ids)) is not None:
+        if launched is not None and executor.steps is not None and executor.steps.take(launched, plan.pass_.token_ids):
             self._computation.counters.tokens_ahead -= len(launched.rows)
-            return forwarded
+            return Forwarded.of(launched)
         return executor.step(plan.pass_, step.attention, partial(self._growth.places, plan.ends))
 
     def _launched_behind(self, step: _NextStep, forwarded: Forwarded, following: Following) -> Launched | None:
         """Launch the step behind one that a graph computes, if its tokens are those that the graph finds."""
+        captured = self._computation.executor.steps
         is_expected = following.are_most_probable and following.go_on and step.num_left > 1
-        if forwarded.launched is None or not is_expected:
+        if captured is None or forwarded.launched is None or not is_expected:
             return None
-        behind = self._computation.executor.step_behind(forwarded.launched, step.attention)
+        behind = captured.launch_behind(forwarded.launched, step.attention)
         if behind is not None:
             self._computation.counters.tokens_ahead += len(behind.rows)
         return behind

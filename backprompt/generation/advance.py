@@ -35,12 +35,8 @@ class Advancing(Protocol):
         """The number of steps done so far."""
 
     @property
-    def takes_most_probable(self) -> bool:
-        """Whether each live text takes its most probable token next, whatever the logits are."""
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the step after the next one will probably continue the same texts, or some of them."""
+    def following(self) -> Following:
+        """The expected tokens behind the next ones of the live texts, of which there must be one."""
 
     def to_begin(self, evaluator: Evaluator) -> Sequence[TokenIds]:
         """Return the waiting texts that begin now."""
@@ -139,8 +135,8 @@ def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice
         token_of.append(token)
         tokens[token] = choice.score
     owners = [run for run, _ in runs]
-    growing = [run for run in owners if run.live]
-    following = Following(all(run.takes_most_probable for run in growing), any(run.goes_on for run in growing))
+    expected = [run.following for run in owners if run.live]
+    following = Following(all(own.are_most_probable for own in expected), any(own.go_on for own in expected))
     stepped = evaluator.continuations.extend(owners, tokens, len(texts), following)
     if stepped is not None:
         end_of = dict(zip(stepped.tokens, stepped.ends, strict=True))

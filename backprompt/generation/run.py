@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scores import TokenScore
+from backprompt.evaluation.steps import Following
 from backprompt.forest.span import Span
 from backprompt.generation.advance import Advance, advance
 from backprompt.generation.beams import BeamDecoding, choose_beams
@@ -142,16 +143,12 @@ class Run:
         return min(MAX_LIVE_TEXTS, len(self.live) + len(self.prompts) - self._num_begun)
 
     @property
-    def takes_most_probable(self) -> bool:
-        """Whether each live text takes its most probable token next, whatever the logits are."""
-        decoding = self.live[0].decoding  # all texts have the same options
-        return isinstance(decoding, TextDecoding) and decoding.takes_most_probable
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the step after the next one will probably continue the live texts, or some of them."""
-        num_new = self.live[-1].decoding.num_new  # that of the text that began last
-        return self._num_begun == len(self.prompts) and num_new + 1 < self.decoding.max_new_tokens
+    def following(self) -> Following:
+        """The expected tokens behind the next ones of the live texts, of which there must be one."""
+        first, last = self.live[0].decoding, self.live[-1].decoding  # the first and the last one to begin
+        takes_most_probable = isinstance(first, TextDecoding) and first.takes_most_probable
+        is_last = last.num_new + 1 >= self.decoding.max_new_tokens
+        return Following(takes_most_probable, self._num_begun == len(self.prompts) and not is_last)
 
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text so far; with beams, up to `num_each`."""
@@ -192,7 +189,8 @@ class Run:
                     self._go_on(evaluator, found)
                 else:
                     grown = self._grow(evaluator)
-                    self._admit(evaluator)
+                    if self._num_begun < len(self.prompts):
+                        self._note_begun(evaluator.continuations.begin(self._next_prompts(evaluator)))
                     self._choose(evaluator)
                     self._settle(evaluator, grown)
             except BaseException:  # the evaluator ends the live texts once it has recovered
@@ -289,11 +287,6 @@ class Run:
             for live, new in more.items():
                 live.hold({**live.ends, **new})
         return grown
-
-    def _admit(self, evaluator: Evaluator) -> None:
-        """Begin as many of the waiting texts as fit the room."""
-        if self._num_begun < len(self.prompts):
-            self._note_begun(evaluator.continuations.begin(self._next_prompts(evaluator)))
 
     def _note_begun(self, ends: Sequence[Span]) -> None:
         """Make the next waiting texts live; `ends` are the ends of their prompts."""

@@ -39,7 +39,7 @@ from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
 from backprompt.model.forwarded import Computed, Forwarded
 from backprompt.model.fusion import fusion_for
-from backprompt.model.graphs import Launched, Step
+from backprompt.model.graphs import Step
 from backprompt.model.in_flight import InFlight, no_layers_error, run_body
 from backprompt.model.int8 import speed_up_int8
 from backprompt.model.levels import NO_ATTENTION, Levels
@@ -218,18 +218,6 @@ class Executor:
         step = Step(list(pass_.token_ids), pass_.positions, places())
         launched = self.steps.launch(self, step, attention)
         return self.forward(pass_, attention) if launched is None else Forwarded.of(launched)
-
-    def step_behind(self, launched: Launched, attention: PreparedAttention) -> Launched | None:
-        """Launch the step behind another one, ahead of its tokens, if possible; see `CapturedSteps.launch_behind`.
-
-        `attention`: the prepared attention of the step before.
-        """
-        return None if self.steps is None else self.steps.launch_behind(launched, attention)
-
-    def taken(self, launched: Launched, token_ids: Sequence[int]) -> Forwarded | None:
-        """Return the output of a step that was launched ahead, if it is that of a step with these tokens."""
-        is_taken = self.steps is not None and self.steps.take(launched, list(token_ids))
-        return Forwarded.of(launched) if is_taken else None
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: the prepared attention, if there is one.
