@@ -258,3 +258,36 @@ def test_logits_of_a_graph_that_are_no_distribution(
 def take_two_steps(stream: Any) -> None:
     """The first one may be computed already, by the weights of before."""
     stream.run.step(), stream.run.step()
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_step_with_other_tokens_is_not_taken(model: Any, tokenizer: Any) -> None:
+    lm = LM(model, tokenizer)
+    stream = Text("The cat", lm).stream(max_new_tokens=30)
+    for _ in range(8):
+        stream.run.step()
+    evaluator = lm.session.evaluator
+    launched, captured_steps = evaluator.forest.next_step.launched, evaluator.executor.steps
+    expected = plain_greedy(model, Text("The cat", lm).tokens, 30)[7]
+    assert not captured_steps.take(launched, [expected + 1])
+    assert captured_steps.take(launched, [expected])
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_new_spans_take_the_rows_of_a_graph_that_exists(num_samples: int, model: Any, tokenizer: Any) -> None:
+    """Of the first token behind a prompt, and of samples that part."""
+    options = {"max_new_tokens": 12, "temperature": 0.5, "seed": 4, "n": num_samples}
+    lms = [LM(model, tokenizer) for _ in range(2)]
+    lms[1].session.evaluator.executor.steps = None
+    for lm in lms:
+        for prompt in (*PROMPTS, *PROMPTS):
+            generate(Text(prompt, lm), **options)  # records graphs
+    before = counts_of(lms[0])
+    found, expected = (generate([Text("Hello, the cat", lm)], **options)[0] for lm in lms)
+    assert lms[0].stats.tokens_computed == lms[1].stats.tokens_computed
+    for text, other in zip(found, expected, strict=True):
+        assert text.tokens == other.tokens
+        assert_close(text.completion_logprobs, other.completion_logprobs)
+        assert_close(text.token_logprobs, plain_token_logprobs(model, text.tokens))
+    assert counts_of(lms[0])["eager"] == before["eager"]

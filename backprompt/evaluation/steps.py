@@ -125,7 +125,7 @@ class Steps:
             plan.begin([growing[end] for end in plan.ends])
         started = time.perf_counter()
         with computation.blaming_weights():
-            forwarded = computation.executor.forward(plan.pass_, step.attention) if is_mixed else self._forwarded(step)
+            forwarded = self._forwarded(step, is_mixed=is_mixed)
         logits = self._logits(forwarded, following)
         behind = self._launched_behind(step, forwarded, following)
         executor, in_order = computation.executor, plan.tokens  # made while the device computes
@@ -177,14 +177,18 @@ class Steps:
                 return None  # an ordinary evaluation finds the token there, or unfolds the fan
         return growing
 
-    def _forwarded(self, step: _NextStep) -> Forwarded:
-        """Return the output of a step: the one that was launched ahead, if it is the same step."""
+    def _forwarded(self, step: _NextStep, *, is_mixed: bool) -> Forwarded:
+        """Return the output of a step: the one that was launched ahead, if it is the same step.
+
+        `is_mixed`: whether some of the texts get new spans, which keep the rows of the output.
+        """
         executor, plan, launched = self._computation.executor, step.plan, step.launched
         step.launched = None
         if launched is not None and executor.steps is not None and executor.steps.take(launched, plan.pass_.token_ids):
             self._computation.counters.tokens_ahead -= len(launched.rows)
             return Forwarded.of(launched)
-        return executor.step(plan.pass_, step.attention, partial(self._growth.places, plan.ends))
+        places = (lambda: None) if is_mixed else partial(self._growth.places, plan.ends)
+        return executor.step(plan.pass_, step.attention, places)
 
     def _launched_behind(self, step: _NextStep, forwarded: Forwarded, following: Following) -> Launched | None:
         """Launch the step behind one that a graph computes, if its tokens are those that the graph finds."""

@@ -207,10 +207,15 @@ class Executor:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
         return NO_ATTENTION if self.levels is not None else self._attention.prepare(pass_, num_steps)
 
-    def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places]) -> Forwarded:
+    def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places | None]) -> Forwarded:
         """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
 
-        The next step overwrites the results. `places`: returns the places to which they go.
+        Args:
+            pass_: the tokens.
+            attention: the prepared attention.
+            places: returns the places to which the results go; then the next step overwrites the results here. It
+                returns None if the caller keeps the results here.
+
         """
         if self.steps is None or not are_plain(pass_.token_ids):  # a graph has all rows under the active adapters
             return self.forward(pass_, attention)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from backprompt.forest.span import Span
@@ -63,15 +62,15 @@ class Forwarded:
 
     @classmethod
     def of(cls, launched: Launched) -> Forwarded:
-        """Return the output of a step that a graph computes."""
+        """Return the output of a step that a graph computes; rows without places are copied."""
         output, num_rows = launched.graph.recording.output, len(launched.rows)
-        hidden, way = output.hidden[:num_rows], cls._way_of(launched)
-        if launched.are_placed:
-            return cls(output.keys_values, hidden, output.is_finite, are_placed=True, way=way, launched=launched)
-        keys_values = output.keys_values.first_rows(num_rows)
-        are_finite = [tensor.isfinite().all() for tensor in keys_values.in_order()]
-        is_finite = torch.stack([output.is_finite > 0, *are_finite]).all()
-        return cls(keys_values, hidden, is_finite, way=way, launched=launched)
+        keys_values, hidden = output.keys_values, output.hidden[:num_rows]
+        are_placed, way = launched.step.are_placed, cls._way_of(launched)
+        if launched.step.places is None:
+            keys_values, hidden = keys_values.copied([slice(0, num_rows)]), hidden.clone()
+        elif not are_placed:
+            keys_values = keys_values.first_rows(num_rows)
+        return cls(keys_values, hidden, output.is_finite, are_placed=are_placed, way=way, launched=launched)
 
     @staticmethod
     def _way_of(launched: Launched) -> Way:
@@ -80,7 +79,7 @@ class Forwarded:
     @cached_property
     def is_finite(self) -> bool:
         """Whether all numbers are finite; the first look waits for the device."""
-        if self.launched is not None and self.are_placed:
+        if self.launched is not None:
             return self.launched.report.is_finite
         return bool(self.are_finite)
 

@@ -57,13 +57,22 @@ class Step:
     Attributes:
         token_ids: the tokens, on the host or on the device.
         positions: the position of each.
-        places: the places to which the new rows go.
+        places: the places to which the new rows go; None if the caller copies the rows.
 
     """
 
     token_ids: Sequence[int] | Tensor
     positions: Sequence[int]
-    places: Places
+    places: Places | None
+
+    @property
+    def are_placed(self) -> bool:
+        """Whether a graph copies the rows to their places: they lie in few blocks."""
+        return self.places is not None and len(self.places.blocks) <= MAX_BLOCKS
+
+    def tensors(self) -> list[Tensor]:
+        """Return the first tensors of the blocks that take the rows in."""
+        return [] if self.places is None else self.places.first_tensors()
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,6 @@ class Launched:
         token_ids: the tokens of these rows; None if they are not known yet.
         targets: the first tensors of the blocks that take the rows in.
         arriving: the report on its way to the host.
-        are_placed: whether keys, values and hidden states lie at their places already.
         is_first: whether the graph was recorded for this step.
 
     """
@@ -90,7 +98,6 @@ class Launched:
     token_ids: Sequence[int] | None
     targets: Sequence[Tensor]
     arriving: Arriving
-    are_placed: bool
     is_first: bool = False
 
     @cached_property
@@ -106,7 +113,7 @@ class Launched:
     @property
     def lies_right(self) -> bool:
         """Whether the blocks that have taken the rows in still lie where they did."""
-        return all(map(is_, self.targets, self.step.places.first_tensors()))
+        return all(map(is_, self.targets, self.step.tensors()))
 
     @property
     def tells_tokens(self) -> bool:
@@ -127,7 +134,7 @@ class Launched:
         assert self.is_latest
         token_ids = self._of_rows(self.graph.chosen_ids)
         positions = [self.step.positions[row] + 1 for row in self.rows]
-        return Step(token_ids, positions, self.step.places.next_rows(self.rows))
+        return Step(token_ids, positions, None if self.step.places is None else self.step.places.next_rows(self.rows))
 
     def logits(self) -> Tensor | None:
         """Return a copy of the logits behind the rows, `(rows, vocab)`; None if the head is not part of the graph."""
@@ -199,11 +206,13 @@ class Graph:
         rows[1, :num_live] = step.positions
         rows[2, num_live:] = 1
         rows[3] = -1
-        if are_placed(step):
-            rows[3, :num_live], rows[4, :num_live] = step.places.block_idx, step.places.target_rows
-        targets = step.places.addresses()[:MAX_BLOCKS]
-        if not len(self._numbers):
-            self._numbers = self._numbers.new_zeros(rows.size + MAX_BLOCKS * targets[0].size)
+        targets = np.zeros(0, dtype=np.int64)
+        if step.places is not None:
+            targets = step.places.addresses()[:MAX_BLOCKS]
+            if not len(self._numbers):
+                self._numbers = self._numbers.new_zeros(rows.size + MAX_BLOCKS * targets[0].size)
+            if step.are_placed:
+                rows[3, :num_live], rows[4, :num_live] = step.places.block_idx, step.places.target_rows
         if isinstance(step.token_ids, Tensor):
             if step.token_ids.data_ptr() != self.chosen_ids.data_ptr():
                 self.chosen_ids[:num_live] = step.token_ids
@@ -285,10 +294,5 @@ class Graph:
         self.num_launches += 1
         report = Arriving(self.recording.output.report)
         token_ids = None if isinstance(step.token_ids, Tensor) else step.token_ids
-        rows, targets = range(len(step.positions)), step.places.first_tensors()
-        return Launched(self, self.num_launches, step, rows, token_ids, targets, report, are_placed(step), is_first)
-
-
-def are_placed(step: Step) -> bool:
-    """Whether the graph copies the rows of a step to their places: they have few blocks."""
-    return len(step.places.blocks) <= MAX_BLOCKS
+        rows = range(len(step.positions))
+        return Launched(self, self.num_launches, step, rows, token_ids, step.tensors(), report, is_first)

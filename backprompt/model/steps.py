@@ -103,7 +103,10 @@ class CapturedSteps:
         return had_some
 
     def launch(self, model: Runs, step: Step, prepared: PreparedAttention) -> Launched | None:
-        """Compute a step, without waiting for its results; None if it must be computed without a graph."""
+        """Compute a step, without waiting for its results; None if it must be computed without a graph.
+
+        No graph is recorded for a step without places.
+        """
         bucket = self._bucket_of(step)
         num_recorded = self.counts["recorded"]
         graph = None if bucket is None or self.refusal is not None else self._ready(bucket, model, step, prepared)
@@ -124,7 +127,7 @@ class CapturedSteps:
             The step. None if it must wait for the tokens.
 
         """
-        if not (launched.is_latest and launched.are_placed and launched.tells_tokens):
+        if not (launched.is_latest and launched.step.are_placed and launched.tells_tokens):
             return None
         step = launched.next_step()
         graph = self.graphs.get(self._bucket_of(step) or 0)
@@ -154,6 +157,8 @@ class CapturedSteps:
         addresses = self._addresses()
         graph = self.graphs.get(bucket)
         if graph is None:
+            if step.places is None:
+                return None
             self._asked[bucket] += 1
             if self._asked[bucket] > STEPS_BEFORE_RECORDING:
                 graph = self._recorded(bucket, model, step, prepared, addresses)
