@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
 
 import test_captured
-from test_captured import capture, captured, counts_of, stepping, texts_of
+from test_captured import capture, captured, counts_of, stepping
 
 from backprompt import LM, NonFiniteError, StaleRepresentationError, Text, generate
 from backprompt.memory import growth
@@ -147,19 +147,20 @@ def token_bytes(model: Any, tokenizer: Any) -> int:
 def test_texts_that_end_leave_the_steps_of_the_others_ahead(model: Any, tokenizer: Any) -> None:
     """Also where the others go on with a smaller graph. The rows of ended texts are the only ones too many."""
     lm = LM(model, tokenizer)
-    generate(texts_of(lm) * 2, max_new_tokens=30, **ENDS)  # records the graphs
-    lm.clear()
+    options = {"max_new_tokens": 30, "eos_token_id": list(range(0, 320, 5))}
+    for num_texts in (8, 4, 2, 1):
+        generate([Text(f"{number} cats sat", lm) for number in range(num_texts)], max_new_tokens=8)  # records graphs
     before, num_ahead = counts_of(lm), lm.stats.tokens_ahead
-    prompts = [Text(prompt, lm) for prompt in PROMPTS]
-    found = generate(prompts, max_new_tokens=30, **ENDS)
+    found = generate([Text(f"{number} dogs sat on", lm) for number in range(8)], **options)
     lengths = [len(text.completion_tokens) for text in found]
-    assert len(set(lengths)) > 1, "the texts end at different steps"
-    for text in found:
-        assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 30)[: len(text.completion_tokens)]
+    assert len(set(lengths)) > 2, "the texts end at different steps"
+    for text, length in zip(found, lengths, strict=True):
+        assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 30)[:length]
         assert_close(text.token_logprobs, plain_token_logprobs(model, text.tokens))
-    counts = counts_of(lm)
-    assert counts["taken"] > before["taken"] + max(lengths) // 2
-    assert lm.stats.tokens_ahead - num_ahead <= len(prompts)
+    new = {name: count - before[name] for name, count in counts_of(lm).items()}
+    assert new["eager"] <= 1
+    assert new["ahead"] - new["taken"] <= 1 < new["taken"]  # the step behind the last text
+    assert lm.stats.tokens_ahead - num_ahead <= len(found)
 
 
 @pytest.mark.usefixtures("captured")
@@ -271,6 +272,9 @@ def test_a_step_with_other_tokens_is_not_taken(model: Any, tokenizer: Any) -> No
     expected = plain_greedy(model, Text("The cat", lm).tokens, 30)[7]
     assert not captured_steps.take(launched, [expected + 1])
     assert captured_steps.take(launched, [expected])
+    ((_, states),) = launched.step.places.blocks
+    states.keep([slice(0, 3)])
+    assert not captured_steps.take(launched, [expected]), "its hidden states went to a tensor that is gone"
 
 
 @pytest.mark.usefixtures("captured")

@@ -127,7 +127,7 @@ class CapturedSteps:
             The step. None if it must wait for the tokens.
 
         """
-        if not (launched.is_latest and launched.step.are_placed and launched.tells_tokens):
+        if not (launched.step.are_placed and launched.tells_tokens):
             return None
         step = launched.next_step()
         graph = self.graphs.get(self._bucket_of(step) or 0)
