@@ -44,7 +44,7 @@ def waits_of(device, work):
 
 
 WEIGHTS = "backprompt/model/weights.py"
-PASS = "backprompt/model/in_flight.py"
+PASS = "backprompt/model/forwarded.py"
 CHOICE = "backprompt/generation/choosing.py"
 SCORING = "backprompt/evaluation/rating.py"
 

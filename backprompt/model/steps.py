@@ -140,9 +140,7 @@ class CapturedSteps:
 
     def take(self, launched: Launched, token_ids: Sequence[int]) -> bool:
         """Return whether the results of a step that was launched ahead are those of a step with these tokens."""
-        graph, step = launched.graph, launched.step
-        is_current = graph in self.graphs.values() and graph.reason_to_leave(step, self._addresses()) is None
-        is_taken = is_current and launched.lies_right and launched.token_ids == list(token_ids)
+        is_taken = launched.lies_right and launched.token_ids == list(token_ids)
         self.counts.update({"taken": is_taken, "replayed": is_taken})
         return is_taken
 
