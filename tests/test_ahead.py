@@ -30,12 +30,14 @@ from waiting import all_at_once
 __all__ = ["captured"]
 
 ENDS = {"eos_token_id": list(range(0, 320, 9))}
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_new_tokens": 6, "seed": 3}
 ACTIONS = ("nothing", "nothing", "evaluate", "clear", "pin", "unpin", "other", "longer", "split")
 PROMPTS = ("The cat sat on", "A", "The cat sat and", "The dog")
 
 
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_step_is_launched_before_the_tokens_of_the_step_before_are_read(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the last step has none behind it."""
     events: list[str] = []
@@ -57,8 +59,11 @@ def test_a_step_is_launched_before_the_tokens_of_the_step_before_are_read(
     monkeypatch.setattr(graphs, "Arriving", Noted)
     monkeypatch.setattr(growth, "ROWS_AT_A_TIME", 64)  # a text without room moves first
     capture(monkeypatch, noting)
-    lm = LM(model, tokenizer)
-    assert stepping(lm, 20) == plain_greedy(model, Text("The cat", lm).tokens, 20)
+    lm, plain = (LM(model, tokenizer) for _ in range(2))
+    plain.session.evaluator.executor.steps = None
+    found, expected = (Text("The cat", one).generate(max_new_tokens=20, **options) for one in (lm, plain))
+    assert found.completion_tokens == expected.completion_tokens
+    assert_close(found.completion_logprobs, expected.completion_logprobs)
     del events[0]  # the comparison with the plain run
     counts = counts_of(lm)
     assert events == ["launched", *["launched", "read"] * counts["ahead"], "read"]
@@ -109,7 +114,7 @@ def outcome(lm: LM, prompts: list[str], actions: list[str], options: dict[str, A
 @given(
     prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=5),
     actions=st.lists(st.sampled_from(ACTIONS), max_size=24),
-    options=st.sampled_from([{}, ENDS, ENDS, {"temperature": 0.8, "seed": 3}]),
+    options=st.sampled_from([{}, ENDS, {"temperature": 0.8, "seed": 3}, SAMPLED | ENDS]),
     rows_at_a_time=st.sampled_from([3, 16]),
     budget=st.sampled_from([None, None, 60]),
 )

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from backprompt.attention.base import PreparedAttention
@@ -28,6 +31,7 @@ from backprompt.memory.growth import Growth, NewRows, takes_tokens_in
 from backprompt.model.forwarded import Forwarded
 from backprompt.model.graphs import Launched
 from backprompt.model.report import Report
+from backprompt.transfers import Arriving
 
 Token: TypeAlias = "tuple[Span, int]"
 """The last span of a text, and the token that continues it."""
@@ -40,11 +44,14 @@ class Following:
     Attributes:
         are_most_probable: whether each text goes on with its most probable token.
         go_on: whether the step after this one will probably continue the same texts, or some of them.
+        choose: chooses the tokens by the logits behind given tokens, `(tokens, vocab)`, without waiting for the device:
+            returns the chosen ids in the first row of `(numbers, tokens)`. None if the caller chooses later.
 
     """
 
     are_most_probable: bool = False
     go_on: bool = False
+    choose: Callable[[Sequence[Token], Tensor], Tensor] | None = None
 
 
 NOTHING_KNOWN = Following()
@@ -59,8 +66,9 @@ class Stepped:
         ends: the last span of each text now, with the new token.
         hidden: the final hidden state behind each text, `(texts, hidden)`; None if these must be read from the spans.
         report: the report of the graph that has computed the step; None without a graph.
-        logits: the logits behind each text, `(texts, vocab)`, where the most probable tokens are not enough and the
-            graph has computed the logits.
+        chosen: the result of `Following.choose`, where a graph has computed the logits for it.
+        logits: the logits behind each text, `(texts, vocab)`, where a graph has computed them, and neither the most
+            probable tokens nor `chosen` are enough.
 
     """
 
@@ -68,6 +76,7 @@ class Stepped:
     ends: Sequence[Span]
     hidden: Tensor | None
     report: Report | None = None
+    chosen: npt.NDArray[Any] | None = None
     logits: Tensor | None = None
 
 
@@ -126,9 +135,10 @@ class Steps:
         started = time.perf_counter()
         with computation.blaming_weights():
             forwarded = self._forwarded(step, is_mixed=is_mixed)
-        logits = self._logits(forwarded, following)
-        behind = self._launched_behind(step, forwarded, following)
-        executor, in_order = computation.executor, plan.tokens  # made while the device computes
+        executor, in_order = computation.executor, plan.tokens
+        logits, token_ids, arriving = self._chosen(forwarded, in_order, following)
+        behind = self._launched_behind(step, forwarded, following, token_ids)
+        # The rest of the host's work is done while the device computes.
         scores = TokenScores.of([tokens[token] for token in in_order], executor.logprob_dtype, executor.device)
         states = States.of_scored(forwarded.hidden, scores.logprobs, scores.is_argmax)
         if not forwarded.is_finite:
@@ -144,13 +154,15 @@ class Steps:
         most_probable = None if report is None else report.most_probable
         if most_probable is not None:
             counters.logit_rows += len(tokens)
+        chosen = None if arriving is None else arriving.numbers()
         if not is_mixed:
             plan.advance()
             step.num_left -= 1
             if behind is not None and most_probable is not None:
-                step.launched = behind.with_tokens(most_probable.token_ids)
+                known = most_probable.token_ids if chosen is None else chosen[0].astype(np.int64).tolist()
+                step.launched = behind.with_tokens(known)
             forest.next_step = step
-        return Stepped(in_order, ends, None if forwarded.are_placed else forwarded.hidden, report, logits)
+        return Stepped(in_order, ends, None if forwarded.are_placed else forwarded.hidden, report, chosen, logits)
 
     def end(self, ends: Iterable[Span]) -> None:
         """Forget the next step's plan, which keeps rows alive, if all its texts ended or the budget is exceeded."""
@@ -190,13 +202,17 @@ class Steps:
         places = (lambda: None) if is_mixed else partial(self._growth.places, plan.ends)
         return executor.step(plan.pass_, step.attention, places)
 
-    def _launched_behind(self, step: _NextStep, forwarded: Forwarded, following: Following) -> Launched | None:
-        """Launch the step behind one that a graph computes, if its tokens are those that the graph finds."""
-        captured = self._computation.executor.steps
-        is_expected = following.are_most_probable and following.go_on and step.num_left > 1
-        if captured is None or forwarded.launched is None or not is_expected:
+    def _launched_behind(
+        self, step: _NextStep, forwarded: Forwarded, following: Following, token_ids: Tensor | None
+    ) -> Launched | None:
+        """Launch the step behind one that a graph computes, if its tokens are known on the device.
+
+        `token_ids`: the tokens; None if each text takes its most probable token, or the tokens are not known.
+        """
+        captured, are_known = self._computation.executor.steps, following.are_most_probable or token_ids is not None
+        if captured is None or forwarded.launched is None or not (are_known and following.go_on and step.num_left > 1):
             return None
-        behind = captured.launch_behind(forwarded.launched, step.attention)
+        behind = captured.launch_behind(forwarded.launched, step.attention, token_ids)
         if behind is not None:
             self._computation.counters.tokens_ahead += len(behind.rows)
         return behind
@@ -231,10 +247,16 @@ class Steps:
         return _NextStep(plan, computation.executor.prepare(plan.pass_, num_steps), num_steps)
 
     @staticmethod
-    def _logits(forwarded: Forwarded, following: Following) -> Tensor | None:
-        """Return the logits that a graph has computed, where the most probable tokens are not enough."""
+    def _chosen(
+        forwarded: Forwarded, tokens: Sequence[Token], following: Following
+    ) -> tuple[Tensor | None, Tensor | None, Arriving | None]:
+        """Return a graph's logits, or the tokens that are chosen by them, and all results of the choice."""
         launched = forwarded.launched
-        return None if launched is None or following.are_most_probable else launched.logits()
+        logits = None if launched is None or following.are_most_probable else launched.logits()
+        if logits is None or following.choose is None:
+            return None if logits is None else logits.clone(), None, None
+        chosen = following.choose(tokens, logits)
+        return None, chosen[0].to(torch.int64), Arriving(chosen)
 
     def _keep(
         self, plan: StepPlan, tokens: Sequence[Token], growing: Container[Span], forwarded: Forwarded, states: States

@@ -6,7 +6,7 @@ only computes, and changes no run. Each run takes its results, and chooses its t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.scores import TokenScore
 from backprompt.evaluation.steps import Following, Stepped, Token
 from backprompt.forest.span import Span
-from backprompt.generation.choosing import Logits
+from backprompt.generation.choosing import Logits, choices_of, needs_only_scores
+from backprompt.generation.decoding import TextDecoding
 from backprompt.generation.found import Choice
 from backprompt.generation.live import Live
 from backprompt.tokens.graph import TokenIds, with_more
@@ -135,8 +136,9 @@ def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice
         token_of.append(token)
         tokens[token] = choice.score
     owners = [run for run, _ in runs]
-    expected = [run.following for run in owners if run.live]
-    following = Following(all(own.are_most_probable for own in expected), any(own.go_on for own in expected))
+    pairs = zip(token_of, texts, strict=True)
+    decodings = {token: live.decoding for token, (live, _) in pairs if isinstance(live.decoding, TextDecoding)}
+    following = _following([run for run in owners if run.live], decodings, len(texts))
     stepped = evaluator.continuations.extend(owners, tokens, len(texts), following)
     if stepped is not None:
         end_of = dict(zip(stepped.tokens, stepped.ends, strict=True))
@@ -147,13 +149,26 @@ def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice
     return _Grown(ends, list(dict.fromkeys(ends)), are_inserted=True)
 
 
+def _following(runs: Sequence[Advancing], decodings: Mapping[Token, TextDecoding], num_texts: int) -> Following:
+    """Return the expected tokens behind the next ones of live texts; `decodings`: the text of each next token."""
+    expected = [run.following for run in runs]
+    are_most_probable, go_on = all(own.are_most_probable for own in expected), any(own.go_on for own in expected)
+    # The results for one run are used at once: a text must not draw twice.
+    is_alone = len(runs) == 1 and len(decodings) == num_texts
+    if are_most_probable or not (is_alone and go_on and needs_only_scores(next(iter(decodings.values())))):
+        return Following(are_most_probable, go_on)
+    return Following(False, go_on, lambda tokens, logits: choices_of([decodings[token] for token in tokens], logits))
+
+
 def _found_by_graph(stepped: Stepped | None) -> Logits | None:
     """Return the logits, or the most probable tokens, that a graph has found behind all texts; None without a graph."""
     found = None if stepped is None or stepped.report is None else stepped.report.most_probable
     if stepped is None or found is None or not found.are_of_distributions:
         return None
-    choices = list(map(Choice.most_probable, found.token_ids, found.logprobs))
-    return Logits([] if stepped.logits is None else [stepped.logits], len(stepped.ends), choices)
+    if stepped.chosen is not None:
+        return Logits([], len(stepped.ends), stepped.chosen.tolist())
+    chosen = [found.token_ids, found.logprobs, [1.0] * len(found.token_ids), found.logprobs, found.logits]
+    return Logits([] if stepped.logits is None else [stepped.logits], len(stepped.ends), chosen)
 
 
 def _logits(evaluator: Evaluator, grown: _Grown, new: Sequence[Span]) -> Logits:

@@ -349,9 +349,14 @@ class TextDecoding:
         return len(self._prompt_ids) + len(self._choices)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a token was chosen already, so that the rules are known."""
+        return self._device is not None
+
+    @property
     def takes_most_probable(self) -> bool:
         """Whether the next token is the most probable one, and no rule needs to see its logits."""
-        return not (self._device is None or self.is_drawn or self.rules.processors or self._matching)
+        return self.has_begun and not (self.is_drawn or self.rules.processors)
 
     def begin(self, device: torch.device) -> None:
         """Make the rules and the generator on the device of the scores; later calls do nothing."""

@@ -31,11 +31,6 @@ class Choice(NamedTuple):
     is_argmax: bool
     constrained_logprob: float
 
-    @classmethod
-    def most_probable(cls, token_id: int, logprob: float) -> Choice:
-        """Return the choice of the most probable token, without a constraint."""
-        return cls(token_id, logprob, True, logprob)
-
     @property
     def score(self) -> TokenScore:
         """The log-probability and `is_argmax`, without the token."""

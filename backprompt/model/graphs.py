@@ -129,18 +129,21 @@ class Launched:
         """Return the same step, whose tokens are known now."""
         return replace(self, token_ids=token_ids)
 
-    def next_step(self) -> Step:
-        """Return the step behind this one, in which each text takes its most probable token."""
+    def next_step(self, token_ids: Tensor | None = None) -> Step:
+        """Return the step behind this one, with these tokens, `(rows,)`; by default with the most probable ones."""
         assert self.is_latest
-        token_ids = self._of_rows(self.graph.chosen_ids)
+        token_ids = self._of_rows(self.graph.chosen_ids) if token_ids is None else token_ids
         positions = [self.step.positions[row] + 1 for row in self.rows]
         return Step(token_ids, positions, None if self.step.places is None else self.step.places.next_rows(self.rows))
 
     def logits(self) -> Tensor | None:
-        """Return a copy of the logits behind the rows, `(rows, vocab)`; None if the head is not part of the graph."""
+        """Return the logits behind the rows, `(rows, vocab)`, which the next launch overwrites.
+
+        None if the head is not part of the graph.
+        """
         assert self.is_latest
         logits = self.graph.recording.output.logits
-        return None if logits is None else self._of_rows(logits).clone()
+        return None if logits is None else self._of_rows(logits)
 
     def _of_rows(self, tensor: Tensor) -> Tensor:
         """Return the part of an output, `(rows, ...)`, that belongs to the rows; a view if all rows count."""

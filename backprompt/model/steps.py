@@ -6,9 +6,10 @@ each *bucket*, a number of rows. If a step has fewer rows, the other rows see no
 to step lies in tensors at fixed addresses: ids and positions, the tables of attention (`StandingAttention`), and the
 places to which the graph copies the new rows.
 
-Where each text takes its most probable token, the graph leaves these tokens as the ids of the step after it. So the
-next step can be launched *ahead*, before the host has read the tokens, and the device need not wait for the host. If
-the next step turns out to be another one, the results are dropped: their rows lie behind all rows that are held.
+Where each text takes its most probable token, the graph leaves these tokens as the ids of the step after it. Sampled
+tokens lie on the device, too. So the next step can be launched *ahead*, before the host has read the tokens, and the
+device need not wait for the host. If the next step turns out to be another one, the results are dropped: their rows lie
+behind all rows that are held.
 
 A graph is valid as long as Python would take the same way through the model, with the same addresses of weights and the
 same meaning of masks. A graph is dropped when it is no longer valid, or when its tables have no room for a step. After
@@ -116,20 +117,23 @@ class CapturedSteps:
         self.counts["replayed"] += 1
         return graph.launch(step, is_first=self.counts["recorded"] > num_recorded)
 
-    def launch_behind(self, launched: Launched, prepared: PreparedAttention) -> Launched | None:
-        """Compute the step behind another one before anybody has read the tokens of it, which are most probable.
+    def launch_behind(
+        self, launched: Launched, prepared: PreparedAttention, token_ids: Tensor | None
+    ) -> Launched | None:
+        """Compute the step behind another one before the host knows its tokens.
 
         Args:
             launched: the step before.
             prepared: the attention of the step before.
+            token_ids: the tokens on the device, `(rows,)`; None for the most probable ones.
 
         Returns:
             The step. None if it must wait for the tokens.
 
         """
-        if not (launched.step.are_placed and launched.tells_tokens):
+        if not launched.step.are_placed or (token_ids is None and not launched.tells_tokens):
             return None
-        step = launched.next_step()
+        step = launched.next_step(token_ids)
         graph = self.graphs.get(self._bucket_of(step) or 0)
         if graph is None or graph.reason_to_leave(step, self._addresses()) is not None:
             return None
