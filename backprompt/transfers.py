@@ -39,6 +39,11 @@ class Arriving:
         if is_cuda:
             self._has_arrived = torch.cuda.current_stream(tensor.device).record_event()
 
+    def keep_behind(self, device: torch.device) -> None:
+        """Let later work on the device's current stream wait for the copy, in case this is another stream."""
+        if self._has_arrived is not None:
+            torch.cuda.current_stream(device).wait_event(self._has_arrived)
+
     def numbers(self) -> npt.NDArray[Any]:
         """Return the copy; the first call waits for it, but not for work that was given to the device later."""
         if self._has_arrived is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -18,6 +19,8 @@ from test_captured import capture, captured, counts_of, stepping
 
 from backprompt import LM, NonFiniteError, StaleRepresentationError, Text, generate
 from backprompt.memory import growth
+from backprompt.memory.blocks import States
+from backprompt.memory.places import Places
 from backprompt.model import graphs
 from backprompt.model.recording import Output, Recording
 from backprompt.model.weights import WeightsMonitor
@@ -68,7 +71,7 @@ def test_a_step_is_launched_before_the_tokens_of_the_step_before_are_read(
     counts = counts_of(lm)
     assert events == ["launched", *["launched", "read"] * counts["ahead"], "read"]
     assert counts["taken"] == counts["ahead"] == counts["replayed"] - 1
-    assert lm.stats.tokens_ahead == 0
+    assert lm.stats.tokens_dropped == 0
 
 
 def act(action: str, lm: LM, run: Any, other: Any, pins: list[Any]) -> None:
@@ -155,7 +158,7 @@ def test_texts_that_end_leave_the_steps_of_the_others_ahead(model: Any, tokenize
     options = {"max_new_tokens": 30, "eos_token_id": list(range(0, 320, 5))}
     for num_texts in (8, 4, 2, 1):
         generate([Text(f"{number} cats sat", lm) for number in range(num_texts)], max_new_tokens=8)  # records graphs
-    before, num_ahead = counts_of(lm), lm.stats.tokens_ahead
+    before, num_ahead = counts_of(lm), lm.stats.tokens_dropped
     found = generate([Text(f"{number} dogs sat on", lm) for number in range(8)], **options)
     lengths = [len(text.completion_tokens) for text in found]
     assert len(set(lengths)) > 2, "the texts end at different steps"
@@ -165,7 +168,7 @@ def test_texts_that_end_leave_the_steps_of_the_others_ahead(model: Any, tokenize
     new = {name: count - before[name] for name, count in counts_of(lm).items()}
     assert new["eager"] <= 1
     assert new["ahead"] - new["taken"] <= 1 < new["taken"]  # the step behind the last text
-    assert lm.stats.tokens_ahead - num_ahead <= len(found)
+    assert lm.stats.tokens_dropped - num_ahead <= len(found)
 
 
 @pytest.mark.usefixtures("captured")
@@ -300,3 +303,83 @@ def test_new_spans_take_the_rows_of_a_graph_that_exists(num_samples: int, model:
         assert_close(text.completion_logprobs, other.completion_logprobs)
         assert_close(text.token_logprobs, plain_token_logprobs(model, text.tokens))
     assert counts_of(lms[0])["eager"] == before["eager"]
+
+
+# What a reader found
+
+
+def record_as_cuda(compute: Callable[[], Output], finish: Callable[[Output], None]) -> Recording:
+    """The order of `CudaRecorder`: a run that is checked for waits follows one that is finished."""
+    plain = compute()
+    finish(plain)
+    compute()
+    return replace(test_captured.record(compute, finish), plain=plain)
+
+
+def test_a_head_that_scores_more_tokens_than_there_are_embeddings(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a token may be the most probable one, and a graph must not embed it."""
+    model = FAMILIES["llama"]()
+    size, hidden = model.lm_head.weight.shape
+    head = torch.nn.Linear(hidden, size + 8)
+    head.weight.data[:size] = model.lm_head.weight.data
+    head.bias.data[:size], head.bias.data[size:] = 0.0, 100.0
+    model.lm_head = head
+    capture(monkeypatch, record_as_cuda)
+    lms = [LM(model, tokenizer) for _ in range(2)]
+    lms[1].session.evaluator.executor.steps = None
+    for options in ({}, SAMPLED):
+        found, expected = (
+            generate([Text(prompt, lm) for prompt in PROMPTS[:3]], max_new_tokens=12, **options) for lm in lms
+        )
+        assert [text.tokens for text in found] == [text.tokens for text in expected]
+    assert lms[0].session.evaluator.executor.steps.refusal is None
+    assert counts_of(lms[0])["replayed"] > 10
+
+
+@pytest.mark.usefixtures("captured")
+def test_graphs_give_their_memory_back_though_a_step_is_launched(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = LM(model, tokenizer)
+    stream = Text("The cat", lm).stream(max_new_tokens=40)
+    for _ in range(10):
+        stream.run.step()
+    executor = lm.session.evaluator.executor
+    (graph,) = executor.steps.graphs.values()
+    run = executor.run
+
+    def short_of_memory(*args: Any, **options: Any) -> Any:
+        if not graph.is_released:
+            raise torch.OutOfMemoryError
+        return run(*args, **options)
+
+    monkeypatch.setattr(executor, "run", short_of_memory)
+    lm.evaluate([Text("Hello", lm)])
+    list(stream)
+    assert stream.text.completion_tokens == plain_greedy(model, Text("The cat", lm).tokens, 40)
+
+
+@pytest.mark.usefixtures("captured")
+def test_generations_in_turn_are_not_launched_ahead(model: Any, tokenizer: Any) -> None:
+    """Each would push the other's step aside."""
+    lm = LM(model, tokenizer)
+    streams = [Text(prompt, lm).stream(max_new_tokens=30) for prompt in ("The cat", "A dog")]
+    for _ in range(20):
+        for stream in streams:
+            stream.run.step()
+    assert lm.stats.tokens_dropped == 0
+    assert counts_of(lm)["replayed"] > 20
+    for stream in streams:
+        list(stream)
+        assert stream.text.completion_tokens == plain_greedy(model, stream.text.prompt.tokens, 30)
+    assert counts_of(lm)["taken"] > 0
+
+
+def test_places_of_ended_texts_keep_no_blocks() -> None:
+    blocks = [(test_captured.keys_values(12, seed), States.of(torch.zeros(12, 4))) for seed in range(3)]
+    places = Places(blocks, np.array([0, 1, 2, 2]), np.array([3, 5, 7, 9]))
+    found = places.next_rows([0, 3])
+    assert found.blocks == [blocks[0], blocks[2]]
+    assert (found.block_idx.tolist(), found.target_rows.tolist()) == ([0, 1], [4, 10])

@@ -15,7 +15,7 @@ class Counters:
     tokens_requested: int = 0
     tokens_computed: int = 0
     tokens_recomputed: int = 0
-    tokens_ahead: int = 0
+    tokens_dropped: int = 0
     tokens_fetched: int = 0
     tokens_loaded: int = 0
     forward_passes: int = 0

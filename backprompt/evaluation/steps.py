@@ -84,12 +84,17 @@ class Stepped:
 class _NextStep:
     """The plan of the next step and its attention, and the number of steps for which both can still be used.
 
-    `launched`: the next step, if it was launched already.
+    Attributes:
+        plan, attention, num_left: see above.
+        goes_on: whether the step before had this plan, too: the texts of a generation, with no other one in between.
+        launched: the next step, if it was launched already.
+
     """
 
     plan: StepPlan
     attention: PreparedAttention
     num_left: int
+    goes_on: bool = False
     launched: Launched | None = None
 
 
@@ -105,6 +110,8 @@ class Steps:
     def __init__(self, computation: Computation, growth: Growth) -> None:
         self._computation = computation
         self._growth = growth
+        self._num_ahead = 0
+        """The number of tokens that were forwarded ahead last."""
 
     def extend(
         self, owners: Collection[object], tokens: Mapping[Token, TokenScore], following: Following = NOTHING_KNOWN
@@ -171,6 +178,7 @@ class Steps:
             isinstance(step, _NextStep) and set(ends).issuperset(step.plan.ends)
         ):
             self._computation.forest.next_step = None
+            self._note_dropped(0)
 
     def _growing(self, owners: Collection[object], tokens: Collection[Token]) -> dict[Span, int] | None:
         """Return the spans that take a token in, each with its token; None if this is not possible for some text."""
@@ -197,8 +205,9 @@ class Steps:
         executor, plan, launched = self._computation.executor, step.plan, step.launched
         step.launched = None
         if launched is not None and executor.steps is not None and executor.steps.take(launched, plan.pass_.token_ids):
-            self._computation.counters.tokens_ahead -= len(launched.rows)
+            self._note_dropped(len(launched.rows))
             return Forwarded.of(launched)
+        self._note_dropped(0)
         places = (lambda: None) if is_mixed else partial(self._growth.places, plan.ends)
         return executor.step(plan.pass_, step.attention, places)
 
@@ -210,12 +219,18 @@ class Steps:
         `token_ids`: the tokens; None if each text takes its most probable token, or the tokens are not known.
         """
         captured, are_known = self._computation.executor.steps, following.are_most_probable or token_ids is not None
-        if captured is None or forwarded.launched is None or not (are_known and following.go_on and step.num_left > 1):
+        is_expected = following.go_on and step.goes_on and step.num_left > 1
+        if captured is None or forwarded.launched is None or not (are_known and is_expected):
             return None
         behind = captured.launch_behind(forwarded.launched, step.attention, token_ids)
         if behind is not None:
-            self._computation.counters.tokens_ahead += len(behind.rows)
+            self._num_ahead = len(behind.rows)
         return behind
+
+    def _note_dropped(self, num_taken: int) -> None:
+        """Count the tokens that were forwarded ahead, except those that texts have taken."""
+        self._computation.counters.tokens_dropped += self._num_ahead - num_taken
+        self._num_ahead = 0
 
     def _next_step(self, ends: Collection[Span]) -> _NextStep:
         """Return the next step of texts that all take a token in: the step after the last one, or a new plan."""
@@ -228,6 +243,7 @@ class Steps:
                 step.launched = None if step.launched is None else step.launched.kept(rows)
             if len(rows) == len(ends) and step.plan.is_current():
                 step.attention.advance(None if are_all else rows)
+                step.goes_on = True
                 return step
         self._make_room(ends)
         return self._planned([(end, 0) for end in ends], self._growth.num_steps(ends))

@@ -152,7 +152,7 @@ def _grown(evaluator: Evaluator, runs: Sequence[tuple[Advancing, Sequence[Choice
 def _following(runs: Sequence[Advancing], decodings: Mapping[Token, TextDecoding], num_texts: int) -> Following:
     """Return the expected tokens behind the next ones of live texts; `decodings`: the text of each next token."""
     expected = [run.following for run in runs]
-    are_most_probable, go_on = all(own.are_most_probable for own in expected), any(own.go_on for own in expected)
+    are_most_probable, go_on = all(own.are_most_probable for own in expected), all(own.go_on for own in expected)
     # The results for one run are used at once: a text must not draw twice.
     is_alone = len(runs) == 1 and len(decodings) == num_texts
     if are_most_probable or not (is_alone and go_on and needs_only_scores(next(iter(decodings.values())))):

@@ -29,7 +29,8 @@ class Places:
     def next_rows(self, kept: Sequence[int]) -> Places:
         """Return the places behind these, for some of the rows."""
         rows = np.array(kept)
-        return Places(self.blocks, self.block_idx[rows], self.target_rows[rows] + 1)
+        used, block_idx = np.unique(self.block_idx[rows], return_inverse=True)
+        return Places([self.blocks[idx] for idx in used], block_idx, self.target_rows[rows] + 1)
 
     def first_tensors(self) -> list[Tensor]:
         """Return the first tensors of each block: if the rows of a block have moved, these are other tensors."""

@@ -16,6 +16,7 @@ from backprompt.attention.base import CannotStandError, PreparedAttention, Stand
 from backprompt.memory.blocks import KeysValues
 from backprompt.memory.places import Places
 from backprompt.model.in_flight import InFlight
+from backprompt.model.limits import Limits
 from backprompt.model.recording import Output, Recorder, Recording
 from backprompt.model.report import Report, report_tensor
 from backprompt.transfers import Arriving, copy_to, on_device
@@ -38,6 +39,8 @@ The result is None if only the host can tell."""
 
 class Runs(Protocol):
     """The model whose steps are captured: an `Executor`."""
+
+    limits: Limits
 
     @property
     def rows_in_a_slice(self) -> int:
@@ -108,7 +111,7 @@ class Launched:
     @property
     def is_latest(self) -> bool:
         """Whether the outputs of the graph are still those of this step."""
-        return self.num_launches == self.graph.num_launches
+        return not self.graph.is_released and self.num_launches == self.graph.num_launches
 
     @property
     def lies_right(self) -> bool:
@@ -178,11 +181,22 @@ class Graph:
         self._recorded: Recording | None = None
         self.num_launches = 0
         """The number of steps that the graph has computed."""
+        self._last: Arriving | None = None
+        """The report of the last step."""
+        self.is_released = False
+        """Whether the memory of the graph was given back; then the graph computes no step any more."""
 
     @property
     def chosen_ids(self) -> Tensor:
         """The most probable token behind each row of the last step, `(rows,)`: each launch leaves them here."""
         return self._numbers[: self._num_rows]
+
+    def release(self) -> None:
+        """Give the memory back, also if a step that was launched still refers to the graph."""
+        self.is_released = True
+        self._recorded = self._sources = self._last = None
+        self._numbers = self._numbers.new_empty(0)
+        del self._standing
 
     def reason_to_leave(self, step: Step, addresses: Sequence[int]) -> str | None:
         """Return why the graph is not valid for a step; None if it is."""
@@ -203,6 +217,8 @@ class Graph:
             is_next: whether `prepared` is the attention of the step before.
 
         """
+        if self._last is not None:
+            self._last.keep_behind(self._numbers.device)
         num_live, num_rows = len(step.positions), self._num_rows
         rows = np.zeros((5, num_rows), dtype=np.int64)
         rows[1] = step.positions[0]
@@ -249,7 +265,7 @@ class Graph:
             self._place(output.hidden, output.is_finite, sources, self._numbers[rows.numel() :], rows[3:])
             output.report[0].copy_(output.is_finite)
             if output.logits is not None:
-                rows[0].copy_(output.report[2])
+                rows[0].copy_(output.report[2].clamp(max=model.limits.num_embeddings - 1))  # a head may score more
 
         self._recorded = record(compute, finish)
         output = self.recording.output
@@ -295,7 +311,7 @@ class Graph:
         """Compute the step that was loaded, without waiting for its results."""
         self.recording.replay()
         self.num_launches += 1
-        report = Arriving(self.recording.output.report)
+        report = self._last = Arriving(self.recording.output.report)
         token_ids = None if isinstance(step.token_ids, Tensor) else step.token_ids
         rows = range(len(step.positions))
         return Launched(self, self.num_launches, step, rows, token_ids, step.tensors(), report, is_first)

@@ -98,6 +98,8 @@ class CapturedSteps:
     def forget(self) -> bool:
         """Drop all graphs, because memory is short; return whether there were any."""
         had_some = bool(self.graphs)
+        for graph in self.graphs.values():
+            graph.release()
         self.graphs.clear()
         self._asked.clear()
         self._pool_bytes = 0
@@ -110,7 +112,11 @@ class CapturedSteps:
         """
         bucket = self._bucket_of(step)
         num_recorded = self.counts["recorded"]
-        graph = None if bucket is None or self.refusal is not None else self._ready(bucket, model, step, prepared)
+        graph: Graph | None = None
+        if bucket is not None and self.refusal is None:
+            graph = (
+                self._ready(bucket, model, step, prepared) if step.places else self._suitable(bucket, step, prepared)
+            )
         if graph is None:
             self.counts["eager"] += 1
             return None
@@ -131,7 +137,7 @@ class CapturedSteps:
             The step. None if it must wait for the tokens.
 
         """
-        if not launched.step.are_placed or (token_ids is None and not launched.tells_tokens):
+        if not (launched.is_latest and launched.step.are_placed) or (token_ids is None and not launched.tells_tokens):
             return None
         step = launched.next_step(token_ids)
         graph = self.graphs.get(self._bucket_of(step) or 0)
@@ -144,7 +150,7 @@ class CapturedSteps:
 
     def take(self, launched: Launched, token_ids: Sequence[int]) -> bool:
         """Return whether the results of a step that was launched ahead are those of a step with these tokens."""
-        is_taken = launched.lies_right and launched.token_ids == list(token_ids)
+        is_taken = launched.is_latest and launched.lies_right and launched.token_ids == list(token_ids)
         self.counts.update({"taken": is_taken, "replayed": is_taken})
         return is_taken
 
@@ -154,13 +160,18 @@ class CapturedSteps:
     def _addresses(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
 
+    def _suitable(self, bucket: int, step: Step, prepared: PreparedAttention) -> Graph | None:
+        """Return a graph that is ready to compute a step without places, if there is one; no graph changes."""
+        graph = self.graphs.get(bucket)
+        if graph is None or graph.reason_to_leave(step, self._addresses()) or graph.load(step, prepared):
+            return None
+        return graph
+
     def _ready(self, bucket: int, model: Runs, step: Step, prepared: PreparedAttention) -> Graph | None:
         """Return a graph that is ready to compute the step."""
         addresses = self._addresses()
         graph = self.graphs.get(bucket)
         if graph is None:
-            if step.places is None:
-                return None
             self._asked[bucket] += 1
             if self._asked[bucket] > STEPS_BEFORE_RECORDING:
                 graph = self._recorded(bucket, model, step, prepared, addresses)
@@ -217,6 +228,7 @@ class CapturedSteps:
             )
             self._max_rows = bucket // 2
             self.forget()
+            return None
         return graph
 
 
