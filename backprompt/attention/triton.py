@@ -128,7 +128,7 @@ class PreparedTriton:
         attention.name = "triton"
         if self._forest is None:
             self._forest = OneLaunch(self.segments)
-        return self._forest.attend(layer_idx, query, key, value, scoring, launch)
+        return self._forest.attend(layer_idx, query, key, value, scoring, launch, kind)
 
 
 class StandingTriton:
@@ -163,7 +163,7 @@ class StandingTriton:
             if isinstance(launch, str):
                 raise CannotStandError(launch)
             self._launches[kind] = launch
-        return self._forest.attend(layer_idx, query, key, value, scoring, self._launches[kind])
+        return self._forest.attend(layer_idx, query, key, value, scoring, self._launches[kind], kind)
 
 
 def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Hashable:
@@ -201,10 +201,17 @@ class OneLaunch:
         self._layers: dict[Hashable, _Layers] = {}
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scoring: Scoring,
+        launch: Launch,
+        kind: Hashable = None,
     ) -> Tensor:
-        """Return attention over the forest; see `PreparedAttention.attend`."""
-        kind = _kind_of(query, key, value, scoring)
+        """Return attention over the forest; see `PreparedAttention.attend`. `kind`: that of the layer, if known."""
+        kind = kind or _kind_of(query, key, value, scoring)
         layers = self._layers.get(kind)
         if layers is None or layers.launch is not launch:
             shape = Shape.of(query, key)

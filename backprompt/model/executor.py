@@ -251,7 +251,8 @@ class Executor:
         with self._adapted.under(number_of(ids)):
             inputs = _inputs(ids, positions, self._input_device)
             in_flight, hidden = self.run(inputs, prepared, max(positions), in_inference_mode=True)
-        are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
+        in_flight.copies.check(hidden)
+        are_finite = in_flight.copies.are_finite()
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
     def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: PackedMaps) -> None:

@@ -152,9 +152,10 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float, adds_one: bool, casts_fir
     """Return `rows / rms(rows) * weight` in one launch; see `_WAYS`."""
     rows, weight = rows.contiguous(), weight.contiguous()
     output = torch.empty_like(rows)
-    num_rows = rows.numel() // len(weight)
+    size = weight.shape[0]
+    num_rows = rows.numel() // size
     if num_rows:
-        launcher, rows_a_program = _norm_launcher(len(weight), rows.dtype, rows.device, adds_one, casts_first)
+        launcher, rows_a_program = _norm_launcher(size, rows.dtype, rows.device, adds_one, casts_first)
         with on_device(rows.device):
             launcher.launch(-(-num_rows // rows_a_program), (rows, weight, output), (), (num_rows, eps))
     return output
