@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-triton = pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
+pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
 
 from backprompt import LM, Text, evaluate
 from backprompt.attention import launches
@@ -249,7 +249,7 @@ def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind(
     Triton describes launches only for the hooks of a profiler.
     """
     calls: list[tuple[str, tuple[object, ...]]] = []
-    chain = triton.knobs.runtime.launch_enter_hook
+    chain = launches.knobs.runtime.launch_enter_hook
     monkeypatch.setattr(chain, "calls", [lambda metadata: None] if is_hooked else [])
     active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: device + 90)
     monkeypatch.setattr(launches, "driver", SimpleNamespace(active=active))

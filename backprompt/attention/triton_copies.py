@@ -88,8 +88,8 @@ def _copied(query: Tensor, key: Tensor, value: Tensor, flag: Tensor) -> tuple[Te
     kv_heads = key.shape[0]
     launch, tokens = launcher(query.device, query.dtype, heads, kv_heads, head_dim)
     copies = (
-        torch.empty(key.shape, dtype=key.dtype, device=key.device),
-        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
     )
     strides = *query.stride()[:2], *key.stride()[:2], *value.stride()[:2]
     with on_device(query.device):

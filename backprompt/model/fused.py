@@ -284,7 +284,7 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     """Return queries and keys `(1, heads, tokens, size)`, rotated in one launch; any strides, except along `size`."""
     _, heads, num_tokens, size = query.shape
     kv_heads = key.shape[1]
-    outputs = tuple(torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (query, key))
+    outputs = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in (query, key)]
     if num_tokens:
         launcher, tokens = _rotation_launcher(heads, kv_heads, size, query.dtype, query.device)
         tensors = query, key, cos.contiguous(), sin.contiguous(), *outputs

@@ -2,17 +2,24 @@
 
 torch looks a child or a weight up in two tables before it is found, and looks for hooks at each call. With many small
 layers that takes as long as the operations. In a private copy nobody registers hooks, so a module's call runs its
-`forward` at once, and children and weights are found among the module's own attributes. Dropout returns its input, as
-torch's does outside of training. The measurements are in `docs/design/model.md`, "The body".
+`forward` at once, and children and weights are found among the module's own attributes. Dropout, norms and GPT-2's
+linear layers make one call of torch. The measurements are in `docs/design/model.md`, "The body".
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from backprompt.model.linear import is_plain
+
+OUTPUTS_FIRST = "backprompt_outputs_first"
+"""The name under which GPT-2's linear layers keep a view of their weights, `(outputs, inputs)`."""
 
 
 def make_lean(private: nn.Module) -> None:
@@ -20,11 +27,13 @@ def make_lean(private: nn.Module) -> None:
     for module in list(private.modules()):
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        kind = type(module)
+        kind: Any = type(module)
         own = vars(module)
         for table in (module._modules, module._parameters):
             own.update({name: value for name, value in table.items() if not hasattr(kind, name)})
-        if kind.__call__ is nn.Module.__call__ and not _has_hooks(module):
+        if kind.__call__ is nn.Module.__call__ and not _has_hooks(module) and "forward" not in own:
+            if isinstance(module, Conv1D) and is_plain(module.weight, (module.weight.device.type,)):
+                own[OUTPUTS_FIRST] = module.weight.detach().t()
             module.__class__ = _called_directly(kind)
 
 
@@ -34,18 +43,37 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _called_directly(kind: type[nn.Module]) -> type[nn.Module]:
+def _called_directly(kind: Any) -> type[nn.Module]:
     """Return a subclass whose instances look for no hooks when they are called."""
-    call = _return_input if kind is nn.Dropout else _call
-    lean = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    names = {"__call__": _CALLS.get(kind.forward, _call), "__module__": kind.__module__}
+    lean: Any = type(kind.__name__, (kind,), names)
     if "forward" in vars(lean):
-        del lean.forward  # type: ignore[attr-defined] # transformers wraps the forward of each subclass of a layer
-    return lean
+        del lean.forward  # transformers wraps the forward of each subclass of a layer
+    found: type[nn.Module] = lean
+    return found
 
 
 def _call(self: nn.Module, *args: Any, **keywords: Any) -> Any:
     return self.forward(*args, **keywords)
 
 
-def _return_input(self: nn.Module, rows: Tensor) -> Tensor:
+def _return_input(self: nn.Dropout, rows: Tensor) -> Tensor:
     return self.forward(rows) if self.training else rows
+
+
+def _normalize(self: nn.LayerNorm, rows: Tensor) -> Tensor:
+    return torch.layer_norm(rows, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _multiply(self: Conv1D, rows: Tensor) -> Tensor:
+    weight = vars(self).get(OUTPUTS_FIRST)
+    found: Tensor = self.forward(rows) if weight is None else nn.functional.linear(rows, weight, self.bias)
+    return found
+
+
+_CALLS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    nn.Dropout.forward: _return_input,
+    nn.LayerNorm.forward: _normalize,
+    Conv1D.forward: _multiply,
+}
+"""By `forward`, a call with the same operation."""
