@@ -6,6 +6,7 @@ returns finite numbers for some rows whose scores are NaN, so queries and keys a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -50,6 +51,15 @@ class PlainCopies:
     def check(self, hidden: Tensor) -> None:
         """See `Copies`."""
         self._extremes += hidden.aminmax()
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Return whether all numbers of tensors on one device are finite, `()`.
+
+    An extreme of a tensor with NaN is NaN. `isfinite` of all numbers takes the CPU 20 times as long.
+    """
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
+    return torch.stack(extremes).isfinite().all()
 
 
 def _copy(tensor: Tensor) -> Tensor:

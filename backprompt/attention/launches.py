@@ -74,8 +74,8 @@ def are_launches_hooked() -> bool:
     """Return whether a profiler watches launches; true in versions of Triton whose hooks are elsewhere."""
     if knobs is None:
         return True
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any([getattr(hook, "calls", hook) for hook in hooks])  # a chain of hooks, or a hook, or None
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, one, or None
 
 
 def _kind_of(size: int) -> int:

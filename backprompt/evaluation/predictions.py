@@ -55,6 +55,10 @@ class NumberedRows:
     def by_block(self, numbers: Ints) -> Iterator[tuple[States, Ints, slice]]:
         """Yield, for ascending row numbers: each block, its rows among them, and their slice of `numbers`."""
         blocks, firsts = list(self._first), np.fromiter(self._first.values(), dtype=np.int64)
+        if len(blocks) == 1:  # its first row is row 0
+            if len(numbers):
+                yield blocks[0], numbers, slice(0, len(numbers))
+            return
         bounds = [*np.searchsorted(numbers, firsts).tolist(), len(numbers)]
         for block, first, start, stop in zip(blocks, firsts.tolist(), bounds[:-1], bounds[1:], strict=True):
             if start < stop:
@@ -92,8 +96,11 @@ class NumberedRows:
         parts = [TokenScores(block.logprobs, block.is_argmax) for block in self._first]
         if candidates is not None:
             parts.append(candidates)
-        together = TokenScores.concatenated(parts) if len(parts) > 1 else parts[0]
-        return together.at(np.where(numbers < 0, self.num_rows - 1 - numbers, numbers))
+        index = np.where(numbers < 0, self.num_rows - 1 - numbers, numbers)
+        if len(parts) == 1:
+            return parts[0].at(index)
+        together = TokenScores.concatenated(parts)
+        return together if np.array_equal(index, np.arange(len(together.logprobs))) else together.at(index)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ class Executor:
 
         """
         ids = np.array(pass_.token_ids, dtype=np.int64)
-        self.limits.check_placeholders(plain_array(ids).tolist())
+        if self.limits.placeholders:
+            self.limits.check_placeholders(plain_array(ids).tolist())
         try:
             return self._forward(pass_, ids, attention)
         except torch.OutOfMemoryError:

@@ -3,7 +3,8 @@
 torch looks a child or a weight up in two tables before it is found, and looks for hooks at each call. With many small
 layers that takes as long as the operations. In a private copy nobody registers hooks, so a module's call runs its
 `forward` at once, and children and weights are found among the module's own attributes. Dropout, norms and GPT-2's
-linear layers make one call of torch. The measurements are in `docs/design/model.md`, "The body".
+linear layers make at most one call of torch, and a part of a list of layers is a plain list. The measurements are in
+`docs/design/model.md`, "The body".
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def _has_hooks(module: nn.Module) -> bool:
 @lru_cache(maxsize=1024)
 def _called_directly(kind: Any) -> type[nn.Module]:
     """Return a subclass whose instances look for no hooks when they are called."""
-    names = {"__call__": _CALLS.get(kind.forward, _call), "__module__": kind.__module__}
+    names: dict[str, Any] = {"__call__": _CALLS.get(kind.forward, _call), "__module__": kind.__module__}
+    if kind is nn.ModuleList:
+        names["__getitem__"] = _children_at
     lean: Any = type(kind.__name__, (kind,), names)
     if "forward" in vars(lean):
         del lean.forward  # transformers wraps the forward of each subclass of a layer
@@ -55,6 +58,11 @@ def _called_directly(kind: Any) -> type[nn.Module]:
 
 def _call(self: nn.Module, *args: Any, **keywords: Any) -> Any:
     return self.forward(*args, **keywords)
+
+
+def _children_at(self: nn.ModuleList, place: int | slice) -> nn.Module | list[nn.Module]:
+    """Return a child, or a list of children; torch makes a new module of several children."""
+    return [*self][place] if isinstance(place, slice) else nn.ModuleList.__getitem__(self, place)
 
 
 def _return_input(self: nn.Dropout, rows: Tensor) -> Tensor:

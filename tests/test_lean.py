@@ -1,0 +1,96 @@
+"""Private copies whose modules are read and called in less time compute the same, with the same operations."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+from backprompt import LM, Text
+from backprompt.model.lean import make_lean
+from backprompt.model.skeleton import plain_copy
+from tiny_models import FAMILIES, OTHERS, build
+from tiny_tokenizers import byte_level_bpe
+
+IDS = torch.tensor([[5, 3, 9, 9, 1, 7]])
+
+
+def lean_copy(model):
+    private = plain_copy(model)
+    make_lean(private)
+    return private
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The names that torch looks up in the tables of modules, and the calls in which torch looks for hooks."""
+    names = []
+    look_up, call = nn.Module.__getattr__, nn.Module._call_impl
+    monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: (names.append(name), look_up(self, name))[1])
+    monkeypatch.setattr(nn.Module, "_call_impl", lambda self, *a, **k: (names.append("call"), call(self, *a, **k))[1])
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(FAMILIES | OTHERS))
+def test_every_bit_is_the_same(name, dtype):
+    if name == "t5":
+        pytest.skip("an encoder-decoder is refused")
+    private = plain_copy(build(name).to(dtype))
+    with torch.inference_mode():
+        expected = private(input_ids=IDS).logits
+        make_lean(private)
+        assert torch.equal(private(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_oss"])
+def test_no_call_looks_for_hooks_or_for_children_and_weights(name, looks):
+    model = build(name)
+    private = lean_copy(model)
+    parts = {"call"} | {name for module in private.modules() for name in (*module._modules, *module._parameters)}
+    looks.clear()
+    private(input_ids=IDS)
+    assert parts.isdisjoint(looks)
+    plain_copy(model)(input_ids=IDS)
+    assert len(parts & set(looks)) > 9
+
+
+def test_the_users_model_keeps_its_classes_and_tables():
+    model = build("gpt2")
+    kinds, tables = list(map(type, model.modules())), [list(vars(module)) for module in model.modules()]
+    Text("The cat", LM(model, byte_level_bpe())).logits  # noqa: B018
+    assert list(map(type, model.modules())) == kinds
+    assert [list(vars(module)) for module in model.modules()] == tables
+
+
+def test_a_module_that_is_replaced_later_is_used():
+    private = lean_copy(build("gpt2"))
+    expected = private(input_ids=IDS).logits
+    private.transformer.h[1].mlp = nn.Identity()
+    assert not torch.equal(private(input_ids=IDS).logits, expected)
+
+
+def test_a_forward_that_a_class_gets_later_is_used(monkeypatch):
+    private = lean_copy(build("gpt2"))
+    expected = private(input_ids=IDS).logits
+    monkeypatch.setattr(GPT2MLP, "forward", lambda self, rows: rows)
+    assert not torch.equal(private(input_ids=IDS).logits, expected)
+
+
+def test_hooks_and_methods_of_a_module_are_kept():
+    model = build("gpt2")
+    called = []
+    model.transformer.h[0].ln_1.register_forward_hook(lambda *given: called.append("hook"))
+    other = copy.deepcopy(model.transformer.h[0].ln_2)
+    model.transformer.h[0].ln_2.forward = lambda rows: (called.append("forward"), other(rows))[1]
+    lean_copy(model)(input_ids=IDS)
+    assert called == ["hook", "forward"]
+
+
+def test_dropout_drops_in_training():
+    private = nn.Sequential(nn.Dropout(0.5))
+    make_lean(private)
+    rows = torch.ones(1000)
+    assert (private(rows) == 0).any()
+    assert private.eval()(rows) is rows
