@@ -51,7 +51,7 @@ def test_no_call_looks_for_hooks_or_for_children_and_weights(name, looks):
     parts = {"call"} | {name for module in private.modules() for name in (*module._modules, *module._parameters)}
     looks.clear()
     private(input_ids=IDS)
-    assert parts.isdisjoint(looks)
+    assert parts.isdisjoint(looks[1:])  # the first is the call of the copy itself
     plain_copy(model)(input_ids=IDS)
     assert len(parts & set(looks)) > 9
 

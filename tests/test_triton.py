@@ -251,7 +251,7 @@ def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind(
     calls: list[tuple[str, tuple[object, ...]]] = []
     chain = launches.knobs.runtime.launch_enter_hook
     monkeypatch.setattr(chain, "calls", [lambda metadata: None] if is_hooked else [])
-    active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: device + 90)
+    active = SimpleNamespace(get_current_stream=lambda device: device + 90)
     monkeypatch.setattr(launches, "driver", SimpleNamespace(active=active))
 
     def recorded(name: str, result: object) -> Any:
@@ -264,7 +264,7 @@ def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind(
                 return lambda *args, **_: (calls.append((name, args)), result)[1]
 
             def run(self, *args: object) -> None:
-                assert args[:9] == (7, 1, 1, 93, "function", "packed", None, None, None)
+                assert args[:9] == (7, 1, 1, 90, "function", "packed", None, None, None)
                 assert not is_hooked
                 calls.append((name, args[9:]))
 

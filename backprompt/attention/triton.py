@@ -24,7 +24,7 @@ from backprompt.attention.base import CannotStandError, PreparedAttention, Scori
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.device_tables import ADDRESS_COLUMNS, DeviceTables, Room
 from backprompt.attention.kernels import additive_mask, clear_kernel
-from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.launches import Launcher
 from backprompt.attention.shapes import Launch, Shape, launch_for
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Segments, Work
 from backprompt.attention.tiles import LARGEST_HEAD, Tile
@@ -218,9 +218,7 @@ class OneLaunch:
         layers = self._layers.get(kind)
         if layers is None or layers.launch is not launch:
             shape = Shape.of(query, key)
-            with on_device(query.device):
-                tables = self._tables_of(shape, launch, scoring)
-                layers = self._layers[kind] = _Layers.of(tables, shape, scoring, launch)
+            layers = self._layers[kind] = _Layers.of(self._tables_of(shape, launch, scoring), shape, scoring, launch)
         return layers
 
     @property
@@ -301,16 +299,15 @@ class _Layers:
         partial, partial_lse = self.partial, self.partial_lse
         sinks = output if sinks is None else sinks
         places = tables.addresses, tables.positions, tables.until, tables.pieces, tables.programs
-        with on_device(query.device):
-            self.attending.launch(
-                tables.room.programs * num_axes,
-                (query, key, value, output, sinks, partial, partial_lse, *places),
-                (query.stride(0), query.stride(1)),
-                (layer_idx, tables.room.blocks, num_tokens, num_axes, num_heads, *self.numbers),
-            )
-            if tables.room.joins:
-                results = output, sinks, partial, partial_lse, tables.joins
-                self.joining.launch(tables.room.joins * num_axes, results, (), (num_axes, num_heads))
+        self.attending.launch(
+            tables.room.programs * num_axes,
+            (query, key, value, output, sinks, partial, partial_lse, *places),
+            (query.stride(0), query.stride(1)),
+            (layer_idx, tables.room.blocks, num_tokens, num_axes, num_heads, *self.numbers),
+        )
+        if tables.room.joins:
+            results = output, sinks, partial, partial_lse, tables.joins
+            self.joining.launch(tables.room.joins * num_axes, results, (), (num_axes, num_heads))
         return output
 
 

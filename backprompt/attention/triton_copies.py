@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backprompt.attention.copies import PlainCopies
-from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.launches import Launcher
 from backprompt.attention.triton_kernels import copy_kernel
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,8 @@ def _copied(query: Tensor, key: Tensor, value: Tensor, flag: Tensor) -> tuple[Te
         torch.empty_like(value, memory_format=torch.contiguous_format),
     )
     strides = *query.stride()[:2], *key.stride()[:2], *value.stride()[:2]
-    with on_device(query.device):
-        num_programs = -(-num_tokens // tokens) * (heads + 2 * kv_heads)
-        launch.launch(num_programs, (query, key, value, *copies, flag), strides, (num_tokens,))
+    num_programs = -(-num_tokens // tokens) * (heads + 2 * kv_heads)
+    launch.launch(num_programs, (query, key, value, *copies, flag), strides, (num_tokens,))
     return copies
 
 

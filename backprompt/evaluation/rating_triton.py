@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.launches import Launcher
 from backprompt.evaluation.rating_kernels import rows_kernel, tokens_kernel
 from backprompt.logprobs import rated
 
@@ -34,11 +34,10 @@ def rate(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tenso
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=device)
     is_argmax, is_usable = torch.empty((2, num_tokens), dtype=torch.bool, device=device)
     of_rows, of_tokens = launchers(device, logits.dtype)
-    with on_device(device):
-        of_rows.launch(num_rows, (logits, largest, log_total, argmax), (num_columns, logits.stride(0)))
-        found = logprobs, is_argmax, is_usable
-        tensors = logits, largest, log_total, argmax, rows, token_ids, *found
-        of_tokens.launch(-(-num_tokens // TOKENS), tensors, (logits.stride(0),), (num_tokens,))
+    of_rows.launch(num_rows, (logits, largest, log_total, argmax), (num_columns, logits.stride(0)))
+    found = logprobs, is_argmax, is_usable
+    tensors = logits, largest, log_total, argmax, rows, token_ids, *found
+    of_tokens.launch(-(-num_tokens // TOKENS), tensors, (logits.stride(0),), (num_tokens,))
     return found
 
 

@@ -24,7 +24,7 @@ OUTPUTS_FIRST = "backprompt_outputs_first"
 
 
 def make_lean(private: nn.Module) -> None:
-    """Let the modules of a private copy be read and called in less time; modules with hooks stay as they are."""
+    """Let the modules within a private copy be read and called in less time; modules with hooks keep their calls."""
     for module in list(private.modules()):
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -32,10 +32,11 @@ def make_lean(private: nn.Module) -> None:
         own = vars(module)
         for table in (module._modules, module._parameters):
             own.update({name: value for name, value in table.items() if not hasattr(kind, name)})
-        if kind.__call__ is nn.Module.__call__ and not _has_hooks(module) and "forward" not in own:
-            if isinstance(module, Conv1D) and is_plain(module.weight, (module.weight.device.type,)):
-                own[OUTPUTS_FIRST] = module.weight.detach().t()
-            module.__class__ = _called_directly(kind)
+        if module is private or kind.__call__ is not nn.Module.__call__ or _has_hooks(module) or "forward" in own:
+            continue
+        if isinstance(module, Conv1D) and is_plain(module.weight, (module.weight.device.type,)):
+            own[OUTPUTS_FIRST] = module.weight.detach().t()
+        module.__class__ = _called_directly(kind)
 
 
 def _has_hooks(module: nn.Module) -> bool:
