@@ -95,7 +95,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _is_current(device: torch.device) -> bool:
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
+    return device.type != "cuda" or device.index == torch._C._cuda_getDevice()
 
 
 _AS_IS: AbstractContextManager[None] = nullcontext()
