@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from backprompt import LM, Text
@@ -88,9 +89,49 @@ def test_hooks_and_methods_of_a_module_are_kept():
     assert called == ["hook", "forward"]
 
 
+def test_layers_read_the_configuration_of_the_copy():
+    private = lean_copy(build("gpt2"))
+    of_layer, of_model = private.transformer.h[0].attn.config, private.transformer.config
+    assert vars(of_model).items() <= vars(of_layer).items()
+    for name in ("_attn_implementation", "hidden_size", "n_embd", "vocab_size", "is_heterogeneous"):
+        assert getattr(of_layer, name) == getattr(of_model, name)
+    assert of_layer.get_text_config() is of_model
+    assert copy.deepcopy(of_layer).hidden_size == of_model.hidden_size
+    with pytest.raises(AttributeError, match="no_such_name"):
+        of_layer.no_such_name  # noqa: B018
+
+
 def test_dropout_drops_in_training():
     private = nn.Sequential(nn.Dropout(0.5))
     make_lean(private)
     rows = torch.ones(1000)
     assert (private(rows) == 0).any()
     assert private.eval()(rows) is rows
+
+
+class Computations(TorchDispatchMode):
+    """Counts operations that compute: neither views nor tensors without numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns)
+        self.num += not (is_view or func._schema.name.startswith("aten::empty"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_text_takes_no_more_operations_than_the_plain_call():
+    """Copies and checks take a few for each layer, and fused activations spare more."""
+    model = build("gpt2", n_layer=12)
+    lm = LM(model, byte_level_bpe())
+    texts = [Text(string, lm) for string in ("The probe.", "One text, and no other.")]
+    lm.token_logprobs(texts[:1])
+    with Computations() as ours:
+        lm.token_logprobs(texts[1:])
+    ids = torch.tensor([texts[1].tokens])
+    with Computations() as plain, torch.no_grad():
+        logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(dim=-1)
+        logprobs.gather(1, ids[0, 1:, None])
+    assert ours.num <= plain.num

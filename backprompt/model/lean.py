@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from backprompt.model.linear import is_plain
@@ -25,6 +26,7 @@ OUTPUTS_FIRST = "backprompt_outputs_first"
 
 def make_lean(private: nn.Module) -> None:
     """Let the modules within a private copy be read and called in less time; modules with hooks keep their calls."""
+    settings: dict[int, _Settings] = {}
     for module in list(private.modules()):
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -32,11 +34,33 @@ def make_lean(private: nn.Module) -> None:
         own = vars(module)
         for table in (module._modules, module._parameters):
             own.update({name: value for name, value in table.items() if not hasattr(kind, name)})
+        config = own.get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in settings:
+                settings[id(config)] = _Settings(config)
+            own["config"] = settings[id(config)]
         if module is private or kind.__call__ is not nn.Module.__call__ or _has_hooks(module) or "forward" in own:
             continue
         if isinstance(module, Conv1D) and is_plain(module.weight, (module.weight.device.type,)):
             own[OUTPUTS_FIRST] = module.weight.detach().t()
         module.__class__ = _called_directly(kind)
+
+
+class _Settings:
+    """A configuration as layers read it: its own values are plain attributes, and all else is asked of it.
+
+    transformers looks each name up in a few calls, and layers ask for the name of their attention in each call.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        vars(self).update(vars(config))
+        self._attn_implementation = config._attn_implementation
+        self._original = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_original":
+            raise AttributeError(name)
+        return getattr(self._original, name)
 
 
 def _has_hooks(module: nn.Module) -> bool:
