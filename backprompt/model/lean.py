@@ -53,8 +53,7 @@ class _Settings:
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        vars(self).update(vars(config))
-        self._attn_implementation = config._attn_implementation
+        vars(self).update(vars(config), _attn_implementation=config._attn_implementation)
         self._original = config
 
     def __getattr__(self, name: str) -> Any:
