@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.pytorch_utils import Conv1D
 
 from backprompt import LM, Text
 from backprompt.model.lean import make_lean
@@ -99,6 +100,30 @@ def test_layers_read_the_configuration_of_the_copy():
     assert copy.deepcopy(of_layer).hidden_size == of_model.hidden_size
     with pytest.raises(AttributeError, match="no_such_name"):
         of_layer.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 70])
+def test_linear_layers_of_gpt2_multiply_in_the_same_order(num_rows, dtype):
+    private = nn.Sequential(Conv1D(50, 33).to(dtype))
+    rows = torch.randn((1, 33, num_rows)).to(dtype).transpose(1, 2)
+    given = [rows, rows.contiguous(), rows[0].contiguous()]
+    with torch.inference_mode():
+        expected = list(map(private, given))
+        make_lean(private)
+        assert all(map(torch.equal, map(private, given), expected))
+
+
+def test_a_class_without_subclasses_is_kept():
+    class Final(nn.Linear):
+        def __init_subclass__(cls, *, reason):
+            raise AssertionError(reason)
+
+    private = nn.Sequential(Final(3, 2))
+    expected = private(torch.ones(3))
+    make_lean(private)
+    assert type(private[0]) is Final
+    assert torch.equal(private(torch.ones(3)), expected)
 
 
 def test_dropout_drops_in_training():

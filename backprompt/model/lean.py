@@ -68,16 +68,18 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _called_directly(kind: Any) -> type[nn.Module]:
-    """Return a subclass whose instances look for no hooks when they are called."""
+def _called_directly(kind: Any) -> Any:
+    """Return a subclass whose instances look for no hooks when they are called; the class itself if it has none."""
     names: dict[str, Any] = {"__call__": _CALLS.get(kind.forward, _call), "__module__": kind.__module__}
     if kind is nn.ModuleList:
         names["__getitem__"] = _children_at
-    lean: Any = type(kind.__name__, (kind,), names)
+    try:
+        lean: Any = type(kind.__name__, (kind,), names)
+    except TypeError:  # some classes refuse subclasses, or ask them for more
+        return kind
     if "forward" in vars(lean):
         del lean.forward  # transformers wraps the forward of each subclass of a layer
-    found: type[nn.Module] = lean
-    return found
+    return lean
 
 
 def _call(self: nn.Module, *args: Any, **keywords: Any) -> Any:
@@ -99,8 +101,10 @@ def _normalize(self: nn.LayerNorm, rows: Tensor) -> Tensor:
 
 def _multiply(self: Conv1D, rows: Tensor) -> Tensor:
     weight = vars(self).get(OUTPUTS_FIRST)
-    found: Tensor = self.forward(rows) if weight is None else nn.functional.linear(rows, weight, self.bias)
-    return found
+    if weight is None or not rows.is_contiguous():  # `linear` would multiply in another order
+        found: Tensor = self.forward(rows)
+        return found
+    return nn.functional.linear(rows, weight, self.bias)
 
 
 _CALLS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
