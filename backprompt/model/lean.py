@@ -101,7 +101,7 @@ def _normalize(self: nn.LayerNorm, rows: Tensor) -> Tensor:
 
 def _multiply(self: Conv1D, rows: Tensor) -> Tensor:
     weight = vars(self).get(OUTPUTS_FIRST)
-    if weight is None or not rows.is_contiguous():  # `linear` would multiply in another order
+    if weight is None or rows.dim() != 3 or not rows.is_contiguous():  # `linear` may multiply in another order
         found: Tensor = self.forward(rows)
         return found
     return nn.functional.linear(rows, weight, self.bias)
