@@ -20,6 +20,13 @@ def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def index_on(rows: npt.NDArray[np.int64], device: torch.device) -> Tensor | slice:
+    """Return row numbers as an index on a device. Consecutive rows are a slice, so nothing is copied to the device."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (rows[1:] - rows[:-1] == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return on_device(rows, device)
+
+
 def copy_to(target: Tensor, values: npt.NDArray[Any]) -> None:
     """Copy an array into the beginning of a tensor with one axis, without waiting."""
     source = torch.from_numpy(np.ascontiguousarray(values))

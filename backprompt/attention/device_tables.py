@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -126,32 +127,32 @@ class DeviceTables:
         start = sum(self.sizes[:idx])
         return self.numbers[start : start + self.sizes[idx]]
 
-    @property
+    @cached_property
     def addresses(self) -> Tensor:
         """The table of addresses, `(layers, blocks, columns)`, flat."""
         return self._table(0).view(torch.int64)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """The position of each row."""
         return self._table(1)
 
-    @property
+    @cached_property
     def until(self) -> Tensor:
         """For each row, the row behind the last one that sees it."""
         return self._table(2)
 
-    @property
+    @cached_property
     def programs(self) -> Tensor:
         """The programs, flat."""
         return self._table(3)
 
-    @property
+    @cached_property
     def joins(self) -> Tensor:
         """The joins, flat."""
         return self._table(4)
 
-    @property
+    @cached_property
     def pieces(self) -> Tensor:
         """The pieces, flat."""
         return self._table(5)

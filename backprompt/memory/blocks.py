@@ -22,7 +22,7 @@ from torch import Tensor
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.location import Location
-from backprompt.transfers import on_device
+from backprompt.transfers import index_on, on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
@@ -297,14 +297,14 @@ class States(Block):
 
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write `logprobs` and `is_argmax` of the rows with the indices `rows`; all three are `(rows,)`."""
-        indices = on_device(rows, self.logprobs.device)
+        indices = index_on(rows, self.logprobs.device)
         self.logprobs[indices] = logprobs
         self.is_argmax[indices] = is_argmax
         self.has_logprobs.numpy()[rows] = True
 
     def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:
         """Set the log-probabilities of rows whose tokens no row predicts to NaN; see `write_scores`."""
-        self.logprobs[on_device(rows, self.logprobs.device)] = torch.nan
+        self.logprobs[index_on(rows, self.logprobs.device)] = torch.nan
         self.has_logprobs.numpy()[rows] = True
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from backprompt.attention.base import Scoring
+from backprompt.attention.copies import all_finite
 from backprompt.errors import UnsupportedModelError
 from backprompt.forest.fan import Fan
 from backprompt.forest.plan import Pass
@@ -236,9 +237,7 @@ class _LevelsOfPass:
         self._take_snapshots()
         self._keep_snapshots()
         assert self._hidden is not None
-        are_finite = torch.stack(
-            [tensor.isfinite().all() for tensor in (self._hidden, *self._block.tensors.values())]
-        ).all()
+        are_finite = all_finite([self._hidden, *self._block.tensors.values()])
         num_again = sum(len(run.token_ids) for run in self._again.values())
         restored = {span: run.snapshot.clone() for span, run in self._again.items() if run.snapshot is not None}
         return Forwarded(self._block, self._hidden, are_finite, work=Work(self._num_calls, num_again, restored))
