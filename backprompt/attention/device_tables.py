@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Cut, Segments, Work
@@ -34,8 +34,8 @@ ROOM_FOR_PIECES = 1024
 class Addressed(Protocol):
     """Keys and values of computed rows, with their addresses."""
 
-    def addresses(self) -> Sequence[tuple[int, int, int]]:
-        """Return for each layer the addresses of keys and of values, and the stride between their heads in elements."""
+    def addresses(self) -> ArrayLike:
+        """Return the addresses of each layer's keys and values, and the stride between heads in elements, `(layers, 3)`."""
         ...
 
 

@@ -135,6 +135,8 @@ class Span:
     """A run of token ids, the position of its first token, its parent and its children.
 
     Attributes:
+        token_ids: the ids of its tokens: a tuple, or a list while the span grows in place (`take_in`), so that one more
+            token copies no ids. No other code changes the list, and other code keeps only copies of it.
         keys_values: the place of its keys and values on the model's device, or None.
         states: the place of its final hidden states and log-probabilities on the device, or None.
         host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
@@ -174,7 +176,7 @@ class Span:
         "was_computed",
     )
 
-    def __init__(self, token_ids: tuple[int, ...], position: int, parent: Span | None) -> None:
+    def __init__(self, token_ids: Sequence[int], position: int, parent: Span | None) -> None:
         self.token_ids = token_ids
         self.position = position
         self.parent = parent
@@ -288,6 +290,19 @@ class Span:
             self._put("keys_values", keys_values)
             if self.host_keys_values is not None:
                 self.let_go("keys_values", "host")
+
+    def take_in(self, token_id: int, keys_values: Rows, states: Rows) -> None:
+        """Add a token, and record the places with its rows: in the same blocks, which the caller tells."""
+        if isinstance(self.token_ids, list):
+            self.token_ids.append(token_id)
+        else:
+            self.token_ids = [*self.token_ids, token_id]
+        self.key = None
+        self.keys_values, self.states = keys_values, states
+
+    def end_growth(self) -> None:
+        """Note that the span takes in no more tokens."""
+        self.token_ids = tuple(self.token_ids)
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""

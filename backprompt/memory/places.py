@@ -31,11 +31,9 @@ class Places:
         For the keys and the values of each layer in turn, then for the hidden states: the address of the first element,
         and the stride between heads in elements, `(blocks, tensors, 2)`.
         """
-        return np.array([_addresses(*blocks) for blocks in self.blocks], dtype=np.int64)
+        return np.stack([_addresses(*blocks) for blocks in self.blocks])
 
 
-def _addresses(keys_values: KeysValues, states: States) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for keys, values, stride in keys_values.addresses():
-        found += [(keys, stride), (values, stride)]
-    return [*found, (states.hidden.data_ptr(), 0)]
+def _addresses(keys_values: KeysValues, states: States) -> npt.NDArray[np.int64]:
+    layers = keys_values.addresses()[:, [0, 2, 1, 2]]
+    return np.append(layers, [states.hidden.data_ptr(), 0]).reshape(-1, 2)
