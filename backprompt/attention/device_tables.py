@@ -88,7 +88,7 @@ class Room:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeviceTables:
     """The tables on the device; the columns of each are named in tables.py and above.
 
@@ -96,19 +96,21 @@ class DeviceTables:
         room: the number of entries that fit.
         numbers: all tables, one behind the other, as numbers of 4 bytes.
         sizes: the size of each table, in the order of the properties.
+        work: the programs that were loaded last.
 
     """
 
     room: Room
     numbers: Tensor
     sizes: tuple[int, ...]
+    work: Work
 
     @classmethod
     def of(cls, segments: Segments, work: Work, device: torch.device, room: Room | None = None) -> DeviceTables:
         """Return the tables of a pass on the device, by one copy from pinned memory; the host does not wait for it."""
         room = Room.of(segments, work) if room is None else room
         numbers, sizes = _laid_out(segments, work, room)
-        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes)
+        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes, work)
         copy_to(made.numbers, numbers)
         return made
 
@@ -120,6 +122,7 @@ class DeviceTables:
         if sizes != self.sizes:
             return False  # another number of layers
         copy_to(self.numbers, numbers)
+        self.work = work
         return True
 
     def _table(self, idx: int) -> Tensor:
@@ -159,24 +162,19 @@ class DeviceTables:
 
 def _laid_out(segments: Segments, work: Work, room: Room) -> tuple[NDArray[np.int32], tuple[int, ...]]:
     """Return all tables as one array, and the size of each with its room; the room of the last table is left out."""
-    unused = np.zeros((room.programs - len(work.programs), PROGRAM_COLUMNS), dtype=np.int32)
-    unused[:, 4] = -1
-    parts: list[NDArray[Any]] = [
-        _addresses(segments.blocks, room.blocks),
-        segments.positions,
-        segments.until,
-        np.concatenate([work.programs, unused]),
-        np.concatenate([work.joins, np.zeros((room.joins - len(work.joins), JOIN_COLUMNS), dtype=np.int32)]),
-        work.pieces,
-    ]
-    used = [part.nbytes // 4 for part in parts]
-    sizes = [-(-size // 4) * 4 + 4 for size in (*used[:-1], room.pieces * PIECE_COLUMNS)]  # aligned, and never empty
-    numbers = np.zeros(sum(sizes[:-1]) + used[-1], dtype=np.int32)
+    addresses = _addresses(segments.blocks, room.blocks)
+    num_programs, num_joins = room.programs * PROGRAM_COLUMNS, room.joins * JOIN_COLUMNS
+    lengths = 2 * addresses.size, room.rows, room.rows, num_programs, num_joins, room.pieces * PIECE_COLUMNS
+    sizes = tuple(-(-length // 4) * 4 + 4 for length in lengths)  # aligned, and never empty
+    parts: list[NDArray[Any]] = [addresses, segments.positions, segments.until, work.programs, work.joins, work.pieces]
+    numbers = np.zeros(sum(sizes[:-1]) + work.pieces.size, dtype=np.int32)
     start = 0
     for part, size in zip(parts, sizes, strict=True):
-        numbers[start : start + part.nbytes // 4] = np.ascontiguousarray(part).reshape(-1).view(np.int32)
+        numbers[start : start + part.nbytes // 4] = part.reshape(-1).view(np.int32)
         start += size
-    return numbers, tuple(sizes)
+    start = sum(sizes[:3])
+    numbers[start + work.programs.size + 4 : start + num_programs : PROGRAM_COLUMNS] = -1  # no slot
+    return numbers, sizes
 
 
 def _addresses(blocks: Sequence[object], room: int) -> NDArray[np.int64]:

@@ -223,9 +223,10 @@ class OneLaunch:
 
         The blocks of the pass are not kept alive here: other objects keep them during the step.
         """
+        num_steps = segments.steps_since(self.segments)
         self.segments = replace(segments, blocks=())
         return all(
-            tables.load(segments, Work.of(segments, launch.cut(shape), window))
+            tables.load(segments, tables.work.later(num_steps) or Work.of(segments, launch.cut(shape), window))
             for (shape, launch, window), tables in self.tables.items()
         )
 
