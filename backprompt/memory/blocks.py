@@ -306,8 +306,8 @@ class States(Block):
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write `logprobs` and `is_argmax` of the rows with the indices `rows`; all three are `(rows,)`."""
         indices = on_device(rows, self.logprobs.device)
-        self.logprobs[indices] = logprobs
-        self.is_argmax[indices] = is_argmax
+        self.logprobs.index_copy_(0, indices, logprobs)
+        self.is_argmax.index_copy_(0, indices, is_argmax)
         self.has_logprobs.numpy()[rows] = True
 
     def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:

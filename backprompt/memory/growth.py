@@ -95,6 +95,9 @@ class NewRows:
         self.states.copy_rows_to(states, sources, targets)
 
 
+_Taking: TypeAlias = "tuple[Span, int, int, BlockRows[KeysValues], BlockRows[States]]"
+"""A span, the token that it takes in, the token's row in the blocks of the pass, and the span's rows so far."""
+
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
 """Rows to copy, the target block, and their start row there."""
 
@@ -171,24 +174,25 @@ class Growth:
             new: the rows of the tokens, in the order of `ends`.
 
         """
-        by_block: dict[tuple[KeysValues, States], list[int]] = {}
-        held = [(keys_values_of(end), states_of(end)) for end in ends]
-        for idx, (keys_values, states) in enumerate(held):
-            by_block.setdefault((keys_values.block, states.block), []).append(idx)
-        for blocks, indices in by_block.items():
-            targets = np.array([held[idx][0].stop for idx in indices])
-            new.copy_to(*blocks, np.array([new.rows[idx] for idx in indices]), targets)
+        by_block: dict[tuple[KeysValues, States], list[_Taking]] = {}
+        for taking in zip(ends, token_ids, new.rows, map(keys_values_of, ends), map(states_of, ends), strict=True):
+            by_block.setdefault((taking[3].block, taking[4].block), []).append(taking)
+        for blocks, takings in by_block.items():
+            targets = np.array([keys_values.stop for _, _, _, keys_values, _ in takings])
+            new.copy_to(*blocks, np.array([row for _, _, row, _, _ in takings]), targets)
         with self._forest.changing():
-            for (block, states_block), indices in by_block.items():
+            for (block, states_block), takings in by_block.items():
                 room = self._buffers[block].room
-                for idx in indices:
-                    keys_values, states = held[idx]
+                for end, token_id, _, keys_values, states in takings:
                     stop = keys_values.stop
                     room[stop + 1] = room.pop(stop)
-                    more = BlockRows(block, keys_values.start, stop + 1)
-                    ends[idx].take_in(token_ids[idx], more, BlockRows(states_block, states.start, states.stop + 1))
-                block.take_more(len(indices))
-                states_block.take_more(len(indices))
+                    end.take_in(
+                        token_id,
+                        BlockRows(block, keys_values.start, stop + 1),
+                        BlockRows(states_block, states.start, states.stop + 1),
+                    )
+                block.take_more(len(takings))
+                states_block.take_more(len(takings))
 
     def release(self, spans: Iterable[Span]) -> list[Block]:
         """Move the parents of spans out of blocks that are mostly unused; return the new blocks, one of each kind.
