@@ -15,7 +15,8 @@ import backprompt
 from backprompt import LM, Text, generate
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
-from backprompt.attention.tables import Segments
+from backprompt.attention.device_tables import DeviceTables, Room
+from backprompt.attention.tables import Cut, Segments, Work
 from backprompt.forest import plan
 from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import plan_pass
@@ -129,6 +130,43 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
             texts.take_in(steps.ends, token_ids)
             steps.advance()
             assert_right(texts.forest.spans())
+
+
+@given(
+    prompts=prompts,
+    num_steps=st.integers(1, ROWS_AT_A_TIME),
+    cut=st.builds(Cut, st.sampled_from([1, 2, 16]), st.sampled_from([4, 64]), st.sampled_from([2, 100]), st.just(1)),
+    window=st.sampled_from([None, None, 3]),
+    num_rows=st.sampled_from([0, 16]),
+    data=st.data(),
+)
+def test_tables_that_advance_are_those_of_each_step(prompts, num_steps, cut, window, num_rows, data):
+    """Some steps are left out, and some texts leave on the way."""
+    texts = Texts(prompts)
+    steps = StepPlan(texts.to_come())
+    segments = Segments.of(steps.pass_.segments, steps.pass_.positions)
+    num_rows = max(num_rows, len(segments.positions))
+    first = segments.padded(num_rows)
+    work = Work.of(first, cut, window)
+    tables = DeviceTables.of(first, work, torch.device("cpu"), Room.for_steps(first, work, cut))
+    loaded = segments
+    for _ in range(num_steps):
+        rows, num_live = None, len(segments.positions)
+        if num_live > 1 and data.draw(st.integers(0, 4)) == 0:
+            rows = sorted(data.draw(st.sets(st.integers(0, num_live - 1), min_size=1, max_size=num_live - 1)))
+        segments = segments.next_step(rows)
+        if data.draw(st.booleans()):
+            continue
+        padded, num_between = segments.padded(num_rows), segments.steps_since(loaded)
+        is_advanced = num_between is not None and tables.advance(padded, num_between)
+        if num_between:
+            in_last_piece = (segments.columns[4, segments.grows] - num_between - 1) % cut.piece_keys + 1
+            assert is_advanced == (window is None and max(in_last_piece) + num_between < cut.piece_keys)
+        assert is_advanced or tables.load(padded, Work.of(padded, cut, window))
+        expected = DeviceTables.of(padded, Work.of(padded, cut, window), torch.device("cpu"), tables.room)
+        assert np.array_equal(tables.loaded, expected.loaded)
+        assert np.array_equal(tables.numbers[: len(tables.loaded)], tables.loaded)
+        loaded = segments
 
 
 @pytest.mark.parametrize("what", ["split", "moved", "grown"])

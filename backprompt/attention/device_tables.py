@@ -35,7 +35,7 @@ class Addressed(Protocol):
     """Keys and values of computed rows, with their addresses."""
 
     def addresses(self) -> ArrayLike:
-        """Return the addresses of each layer's keys and values, and the stride between heads in elements, `(layers, 3)`."""
+        """Return each layer's addresses of keys and values, and the stride between heads in elements, `(layers, 3)`."""
         ...
 
 
@@ -96,21 +96,25 @@ class DeviceTables:
         room: the number of entries that fit.
         numbers: all tables, one behind the other, as numbers of 4 bytes.
         sizes: the size of each table, in the order of the properties.
-        work: the programs that were loaded last.
+        loaded: the same numbers on the host.
+        work: the programs of the step for which all tables were made.
+        num_steps: the number of steps since then.
 
     """
 
     room: Room
     numbers: Tensor
     sizes: tuple[int, ...]
+    loaded: NDArray[np.int32]
     work: Work
+    num_steps: int = 0
 
     @classmethod
     def of(cls, segments: Segments, work: Work, device: torch.device, room: Room | None = None) -> DeviceTables:
         """Return the tables of a pass on the device, by one copy from pinned memory; the host does not wait for it."""
         room = Room.of(segments, work) if room is None else room
         numbers, sizes = _laid_out(segments, work, room)
-        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes, work)
+        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes, numbers, work)
         copy_to(made.numbers, numbers)
         return made
 
@@ -122,7 +126,22 @@ class DeviceTables:
         if sizes != self.sizes:
             return False  # another number of layers
         copy_to(self.numbers, numbers)
-        self.work = work
+        self.loaded, self.work, self.num_steps = numbers, work, 0
+        return True
+
+    def advance(self, segments: Segments, num_steps: int) -> bool:
+        """Set a step some steps after the last one (`Segments.steps_since`); return False if it has other programs."""
+        work = self.work
+        if not 0 <= num_steps <= work.steps_left - self.num_steps:
+            return False
+        addresses, start = _addresses(segments.blocks, self.room.blocks), self.sizes[0]
+        self.loaded[: 2 * addresses.size] = addresses.reshape(-1).view(np.int32)
+        self.loaded[start : start + len(segments.positions)] = segments.positions
+        pieces = self.loaded[sum(self.sizes[:5]) :].reshape(-1, PIECE_COLUMNS)
+        pieces[work.last, 2] += num_steps
+        pieces[work.own, 5] += num_steps
+        copy_to(self.numbers, self.loaded)
+        self.num_steps += num_steps
         return True
 
     def _table(self, idx: int) -> Tensor:

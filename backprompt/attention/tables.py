@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,11 +99,9 @@ class Segments:
 
     def next_step(self, rows: Sequence[int] | None = None) -> Segments:
         """Return the segments in the next step of a generation (see forest/steps.py); `rows`: the rows that stay."""
-        columns, positions, until = self.columns.copy(), self.positions + 1, self.until
-        columns[4] += self.grows
-        columns[5] += columns[7]
         if rows is None:
-            return replace(self, columns=columns, positions=positions, num_steps=self.num_steps + 1)
+            return self._next_step
+        columns, positions = self._next_step.columns.copy(), self._next_step.positions
         kept = np.array(rows, dtype=np.int64)
         start, stop, _, key_start, num_keys, key_position, _, is_own, _ = columns
         first, is_own = positions[np.minimum(start, len(positions) - 1)], is_own > 0
@@ -112,6 +111,13 @@ class Segments:
         key_start[is_own], num_keys[is_own] = start[is_own], (stop - start)[is_own]
         key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
         return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
+
+    @cached_property
+    def _next_step(self) -> Segments:
+        columns = self.columns.copy()
+        columns[4] += self.grows
+        columns[5] += columns[7]
+        return replace(self, columns=columns, positions=self.positions + 1, num_steps=self.num_steps + 1)
 
     def steps_since(self, other: Segments) -> int | None:
         """Return the number of steps from other segments to these; None if they are of other rows."""
@@ -150,9 +156,9 @@ class Work:
     Attributes:
         pieces, programs, joins: the tables, one entry a row.
         num_slots: the number of partial results.
-        room: the number of later steps in which only the pieces `last` and `own` change.
-        last: the last piece of each segment that grows: one more key in each step.
-        own: the pieces with keys of the pass itself: one position later in each step.
+        steps_left: the number of steps after this one with the same programs, whose pieces differ in only two columns:
+        last: the last piece of each segment that grows has one more key in each step;
+        own: the pieces of rows that see each other are one position later in each step.
 
     """
 
@@ -160,7 +166,7 @@ class Work:
     programs: Ints
     joins: Ints
     num_slots: int
-    room: int
+    steps_left: int
     last: NDArray[np.int64]
     own: NDArray[np.int64]
 
@@ -189,17 +195,11 @@ class Work:
         joins = np.stack(
             [starts[joined], stops[joined], first_slot[joined], first_slot[joined] + parts[joined]], axis=1
         ).astype(np.int32)
-        room = 0 if window is not None else int(cut.piece_keys - 1 - pieces[last, 2].max(initial=0))
-        return cls(pieces, programs, joins, int(slots_of_tile.sum()), room, last, np.flatnonzero(pieces[:, 6] == 1))
-
-    def later(self, num_steps: int | None) -> Work | None:
-        """Return the programs some steps later (`Segments.steps_since`); None if other pieces are needed then."""
-        if num_steps is None or not 0 <= num_steps <= self.room:
-            return None
-        pieces = self.pieces.copy()
-        pieces[self.last, 2] += num_steps
-        pieces[self.own, 5] += num_steps
-        return replace(self, pieces=pieces, room=self.room - num_steps)
+        steps_left = 0  # a window hides other keys in each step
+        if window is None:  # a full piece may be of another kind
+            steps_left = int(cut.piece_keys - 1 - pieces[last, 2].max(initial=0))
+        own = np.flatnonzero(pieces[:, 6] == 1)
+        return cls(pieces, programs, joins, int(slots_of_tile.sum()), max(0, steps_left), last, own)
 
 
 def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
@@ -209,9 +209,7 @@ def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
     return int(num_tiles @ -(-num_keys // piece_keys))
 
 
-def _pieces(
-    segments: Segments, cut: Cut, window: int | None
-) -> tuple[Ints, NDArray[np.int64], NDArray[np.int64]]:
+def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64], NDArray[np.int64]]:
     """Return the pieces in the order of tiles, the number of pieces of each tile, and the last pieces that grow."""
     start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed = segments.columns
     num_tiles = -(-len(segments.positions) // cut.tile_rows)

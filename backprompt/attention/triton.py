@@ -226,7 +226,8 @@ class OneLaunch:
         num_steps = segments.steps_since(self.segments)
         self.segments = replace(segments, blocks=())
         return all(
-            tables.load(segments, tables.work.later(num_steps) or Work.of(segments, launch.cut(shape), window))
+            (num_steps is not None and tables.advance(segments, num_steps))
+            or tables.load(segments, Work.of(segments, launch.cut(shape), window))
             for (shape, launch, window), tables in self.tables.items()
         )
 

@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.reading import Wanted
-from backprompt.evaluation.scores import TokenScore
 from backprompt.forest.span import Span
 from backprompt.generation.advance import Advance, advance
 from backprompt.generation.beams import BeamDecoding, choose_beams

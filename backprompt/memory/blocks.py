@@ -240,7 +240,7 @@ class KeysValues(Block):
         return [self.tensors[name] for idx in range(self.num_layers) for name in layer_names(idx)]
 
     def addresses(self) -> npt.NDArray[np.int64]:
-        """Return the addresses of each layer's keys and values, and the stride between heads in elements, `(layers, 3)`.
+        """Return each layer's addresses of keys and of values, and the stride between heads in elements, `(layers, 3)`.
 
         The rows of a head are contiguous. The addresses are valid until the block changes or moves.
         """
