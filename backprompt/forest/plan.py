@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 
 from backprompt.forest.fan import Fan
 from backprompt.forest.span import Span
@@ -130,7 +130,7 @@ class Call:
         return num_rows * num_keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pass:
     """One packed forward pass: the spans to compute, in row order, and the keys that their rows see.
 
@@ -154,15 +154,15 @@ class Pass:
         stops = list(accumulate(len(span.token_ids) for span in self.spans))
         return [slice(stop - len(span.token_ids), stop) for span, stop in zip(self.spans, stops, strict=True)]
 
-    @property
+    @cached_property
     def token_ids(self) -> list[int]:
         """The row: the ids of all spans, one after the other."""
-        return list(chain.from_iterable(span.token_ids for span in self.spans))
+        return [token_id for span in self.spans for token_id in span.token_ids]
 
-    @property
+    @cached_property
     def positions(self) -> list[int]:
         """The position of each token of the row in its own text."""
-        return list(chain.from_iterable(span.positions for span in self.spans))
+        return [position for span in self.spans for position in span.positions]
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
         """Return the kernel calls of a layer, own calls first.

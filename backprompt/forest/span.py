@@ -221,7 +221,7 @@ class Span:
     @property
     def positions(self) -> Sequence[int]:
         """The position of each of its tokens."""
-        return range(self.position, self.stop)
+        return range(self.position, self.position + len(self.token_ids))
 
     @property
     def parents(self) -> Sequence[Span]:
