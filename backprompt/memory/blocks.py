@@ -12,7 +12,7 @@ from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -407,6 +407,12 @@ def states_of(span: Span) -> BlockRows[States]:
     rows = span.states
     assert isinstance(rows, BlockRows), span
     return rows
+
+
+def rows_of_each(spans: Sequence[Span]) -> tuple[list[BlockRows[KeysValues]], list[BlockRows[States]]]:
+    """Return the rows of the keys and values, and of the states, of spans that hold both; without a call for each."""
+    keys_values, states = [span.keys_values for span in spans], [span.states for span in spans]
+    return cast("list[BlockRows[KeysValues]]", keys_values), cast("list[BlockRows[States]]", states)
 
 
 def _picked(tensor: Tensor, pieces: Sequence[slice], axis: int) -> Tensor:

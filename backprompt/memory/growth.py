@@ -24,7 +24,16 @@ import numpy.typing as npt
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import num_tokens_of
 from backprompt.forest.span import Span
-from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
+from backprompt.memory.blocks import (
+    Block,
+    BlockRows,
+    KeysValues,
+    States,
+    copy_rows,
+    keys_values_of,
+    rows_of_each,
+    states_of,
+)
 from backprompt.memory.places import Places
 from backprompt.transfers import on_device
 
@@ -158,12 +167,12 @@ class Growth:
     def places(self, ends: Sequence[Span]) -> Places:
         """Return the places of the next rows of spans; there must be room behind each span."""
         idx_of: dict[tuple[KeysValues, States], int] = {}
-        held = list(map(keys_values_of, ends))
+        keys_values, states = rows_of_each(ends)
         block_idx = [
-            idx_of.setdefault((rows.block, states_of(end).block), len(idx_of))
-            for rows, end in zip(held, ends, strict=True)
+            idx_of.setdefault((rows.block, others.block), len(idx_of))
+            for rows, others in zip(keys_values, states, strict=True)
         ]
-        return Places(list(idx_of), np.array(block_idx), np.array([rows.stop for rows in held]))
+        return Places(list(idx_of), np.array(block_idx), np.array([rows.stop for rows in keys_values]))
 
     def extend(self, ends: Sequence[Span], token_ids: Sequence[int], new: NewRows) -> None:
         """Add a token to each span; there must be room behind each span.
@@ -175,7 +184,7 @@ class Growth:
 
         """
         by_block: dict[tuple[KeysValues, States], list[_Taking]] = {}
-        for taking in zip(ends, token_ids, new.rows, map(keys_values_of, ends), map(states_of, ends), strict=True):
+        for taking in zip(ends, token_ids, new.rows, *rows_of_each(ends), strict=True):
             by_block.setdefault((taking[3].block, taking[4].block), []).append(taking)
         for blocks, takings in by_block.items():
             targets = np.array([keys_values.stop for _, _, _, keys_values, _ in takings])
@@ -211,7 +220,7 @@ class Growth:
         """
         path = span.path()
         for part in path:
-            part.end_growth()
+            part.token_ids = tuple(part.token_ids)
         return [block for part in path for block in self._move_out(part)]
 
     def _has_room(self, upper: Span, num_tokens: int) -> bool:
