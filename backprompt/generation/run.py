@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.reading import Wanted
+from backprompt.evaluation.scores import TokenScore
 from backprompt.forest.span import Span
 from backprompt.generation.advance import Advance, advance
 from backprompt.generation.beams import BeamDecoding, choose_beams
@@ -253,7 +254,7 @@ class Run:
                 if old is not None and live.tip is end and end.is_held(with_keys_values=True)
             ]
             ends = [end for _, end, _ in inserted]
-            scores = {end: score for _, end, score in inserted}
+            scores: dict[Span, TokenScore] = {end: score for _, end, score in inserted}
             evaluator.continuations.settle(ends, [old for old, _, _ in inserted], scores)
         self._note_begun(found.begun)
         self.is_advancing = False
