@@ -30,7 +30,7 @@ from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_blocks import assert_right, compute, inserted, keys_values_for, numbers_of, states_for
 
-CALLS_A_TEXT = 34
+CALLS_A_TEXT = 15
 """The calls of functions of the package that one more text adds to a step."""
 
 PROMPTS = ((1, 2, 3), (1, 2, 4, 5), (7,), (1, 2, 3, 9, 9))
@@ -184,6 +184,20 @@ def test_a_plan_is_not_used_where_keys_lie_elsewhere(what):
     assert not steps.is_current()
     steps.keep(steps.rows_of({texts.ends[2]}))  # with which none of these have to do
     assert steps.is_current()
+
+
+def test_a_text_that_grows_copies_no_ids():
+    texts = Texts(PROMPTS)
+    end = texts.ends[PROMPTS.index((7,))]
+    texts.take_in(texts.ends, [30] * 4)
+    ids = end.token_ids
+    texts.take_in(texts.ends, [31] * 4)
+    assert end.token_ids is ids
+    upper = texts.forest.split(end, 2)
+    texts.take_in(texts.ends, [32] * 4)
+    assert (upper.token_ids, end.token_ids) == ((7, 20), [21, 30, 31, 32])
+    texts.growth.finish(end)
+    assert end.token_ids == (21, 30, 31, 32)
 
 
 @pytest.mark.parametrize("why", ["an end", "continued", "stored", "inexact", "dropped"])
