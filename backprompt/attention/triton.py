@@ -240,9 +240,11 @@ class OneLaunch:
 
         The blocks of the pass are not kept alive here: other objects keep them during the step.
         """
+        num_steps = segments.steps_since(self.segments)
         self.segments = replace(segments, blocks=())
         return all(
-            tables.load(segments, Work.of(segments, launch.cut(shape), window))
+            (num_steps is not None and tables.advance(segments, num_steps))
+            or tables.load(segments, Work.of(segments, launch.cut(shape), window))
             for (shape, launch, window), tables in self.tables.items()
         )
 

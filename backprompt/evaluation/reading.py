@@ -299,4 +299,4 @@ def _ids_in_fan(fan: Fan, row: int) -> tuple[int, ...]:
 
 def _ids_before(span: Span, idx: int) -> tuple[int, ...]:
     assert span.parent is not None
-    return ids_up_to(span.parent) + span.token_ids[:idx]
+    return (*ids_up_to(span.parent), *span.token_ids[:idx])

@@ -254,21 +254,20 @@ class Run:
 
     def _go_on(self, evaluator: Evaluator, found: Advance) -> None:
         """Continue the live texts from the ends that were found, and choose the next token of every live text."""
-        inserted: list[tuple[Span, Span, TokenScore]] = []  # the old and the new end, the score of the last token
-        for live, token, (end, stop) in zip(self.live, found.tokens, found.grown, strict=True):
-            before = live.tip
+        before = [live.tip for live in self.live]
+        for live, (end, stop) in zip(self.live, found.grown, strict=True):
             live.go_on(end, stop)
-            if found.are_inserted and live.tip is end and end.is_held(with_keys_values=True):
-                assert before is not None
-                inserted.append((before, end, token.score))
+        if found.are_inserted:
+            inserted = [  # the old and the new end, and the score of the last token
+                (old, end, token.score)
+                for live, old, token, (end, _) in zip(self.live, before, found.tokens, found.grown, strict=True)
+                if old is not None and live.tip is end and end.is_held(with_keys_values=True)
+            ]
+            ends = [end for _, end, _ in inserted]
+            scores: dict[Span, TokenScore] = {end: score for _, end, score in inserted}
+            evaluator.continuations.settle(ends, [old for old, _, _ in inserted], scores)
         self._note_begun(found.begun)
         self.is_advancing = False
-        if inserted:
-            evaluator.continuations.settle(
-                [end for _, end, _ in inserted],
-                [before for before, _, _ in inserted],
-                {end: score for _, end, score in inserted},
-            )
         rows = zip(self.live, found.rows, strict=True)
         texts = [(live.decoding, row) for live, row in rows if isinstance(live.decoding, TextDecoding)]
         choose_next(sorted(texts, key=itemgetter(1)), found.logits)  # rows in their order are not copied

@@ -42,11 +42,8 @@ class Places:
         For the keys and the values of each layer in turn, then for the hidden states: the address of the first element,
         and the stride between heads in elements, `(blocks, tensors, 2)`.
         """
-        return np.array([_addresses(*blocks) for blocks in self.blocks], dtype=np.int64)
-
-
-def _addresses(keys_values: KeysValues, states: States) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for keys, values, stride in keys_values.addresses():
-        found += [(keys, stride), (values, stride)]
-    return [*found, (states.hidden.data_ptr(), 0)]
+        found = np.zeros((len(self.blocks), 2 * self.blocks[0][0].num_layers + 1, 2), dtype=np.int64)
+        for own, (keys_values, states) in zip(found, self.blocks, strict=True):
+            own[:-1] = keys_values.addresses()[:, [0, 2, 1, 2]].reshape(-1, 2)
+            own[-1, 0] = states.hidden.data_ptr()
+        return found

@@ -255,7 +255,7 @@ class _LevelsOfPass:
                 before = run_of.get(part.parent) or self._lost(part.parent)
                 own: BlockRows[KeysValues] = BlockRows(self._block, start, start + len(part.token_ids))
                 run = _Run(
-                    part.token_ids,
+                    tuple(part.token_ids),
                     part.position,
                     before,
                     self._pieces_up_to(part.parent, run_of),
