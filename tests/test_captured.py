@@ -23,13 +23,17 @@ from backprompt.attention.calls import CallsAttention, PreparedCalls
 from backprompt.attention.shapes import Launch
 from backprompt.attention.tiles import Tile
 from backprompt.attention.triton import TritonAttention
+from backprompt.forest.plan import Pass
+from backprompt.forest.span import Span
+from backprompt.forest.steps import later
 from backprompt.memory import growth
 from backprompt.memory.blocks import KeysValues, States
 from backprompt.memory.places import Places
 from backprompt.memory.placing import place
-from backprompt.model import executor, steps
+from backprompt.model import executor, graphs, steps
 from backprompt.model.recording import CudaRecorder, NoWaits, Output, Recording
 from backprompt.model.steps import CapturedSteps
+from backprompt.model.steps import tensors_of as tensors_of_model
 from backprompt.model.weights import WeightsMonitor
 from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
@@ -56,7 +60,8 @@ def record(compute: Callable[[], Output], finish: Callable[[Output], None]) -> R
 
 
 def tensors_of(output: Output) -> list[torch.Tensor]:
-    return [output.hidden, output.is_finite, *output.keys_values.in_order()]
+    logits = [] if output.logits is None else [output.logits]
+    return [output.hidden, output.is_finite, output.report, *logits, *output.keys_values.in_order()]
 
 
 class CallsThatStand(CallsAttention):
@@ -72,6 +77,11 @@ class CallsThatStand(CallsAttention):
 
 
 class PreparedForSome(PreparedCalls):
+    def of_next_step(self) -> "PreparedForSome":
+        pass_ = later(self._pass, self._num_done + 1)
+        spans = tuple(Span((0,), span.position + 1, None) for span in pass_.spans)
+        return PreparedForSome(self._attention, Pass(spans, pass_.segments))
+
     def attend(self, layer_idx: int, query: Any, key: Any, value: Any, scoring: Any) -> torch.Tensor:
         num_live = self._pass.num_tokens
         rows = (tensor[:, :num_live] for tensor in (query, key, value))
@@ -88,6 +98,9 @@ class StandingCalls:
     def load(self, prepared: Any) -> bool:
         self.prepared = prepared
         return CallsThatStand.has_room
+
+    def load_next(self, prepared: Any) -> bool:
+        return self.load(prepared.of_next_step())
 
     def attend(self, layer_idx: int, query: torch.Tensor, *args: Any) -> torch.Tensor:
         assert query.shape[1] == self.num_rows
@@ -117,8 +130,8 @@ def capture(
     if devices.DEVICE.type != "cpu":
         pytest.skip("what is captured is done again by hand, on the CPU")
 
-    def captured(body: torch.nn.Module, attention: Any) -> CapturedSteps:
-        return CapturedSteps(attention, [*body.parameters(), *body.buffers()], record, place, max_bytes=max_bytes)
+    def captured(body: torch.nn.Module, head: torch.nn.Module, attention: Any) -> CapturedSteps:
+        return CapturedSteps(attention, tensors_of_model(body, head), record, place, max_bytes=max_bytes)
 
     patch.setattr(executor, "attention_for", lambda device: attention())
     patch.setattr(executor, "captured_steps", captured)
@@ -170,7 +183,7 @@ def test_texts_that_leave_and_move(
     max_blocks: int, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples end at different steps, so buckets change; texts outgrow their room, and move to other buffers."""
-    monkeypatch.setattr(steps, "MAX_BLOCKS", max_blocks)
+    monkeypatch.setattr(graphs, "MAX_BLOCKS", max_blocks)
     monkeypatch.setattr(growth, "ROWS_AT_A_TIME", 3)
     lms = [LM(model, tokenizer) for _ in range(2)]
     lms[1].session.evaluator.executor.steps = None
@@ -247,7 +260,7 @@ def test_a_step_without_room_leaves_the_graph(model: Any, tokenizer: Any, monkey
     lm = LM(model, tokenizer)
 
     def between(num: int, run: Any) -> None:
-        monkeypatch.setattr(CallsThatStand, "has_room", num != 6)
+        monkeypatch.setattr(CallsThatStand, "has_room", num not in (6, 7))  # ahead, and then
 
     assert stepping(lm, 12, between) == plain_greedy(model, Text("The cat", lm).tokens, 12)
     assert counts_of(lm)["left"] == 1
@@ -315,7 +328,8 @@ def test_a_step_that_is_not_finite_is_no_step(value: float, tokenizer: Any, monk
         stepping(lm, 12, between)
     counts = counts_of(lm)
     assert counts["replayed"] > 2
-    assert lm.stats.tokens_computed == counts["replayed"] + counts["eager"] + len(Text("The cat", lm).tokens)
+    num_steps = counts["replayed"] + counts["eager"] - 1  # without the last one
+    assert lm.stats.tokens_computed == num_steps + len(Text("The cat", lm).tokens)
 
 
 # The places
@@ -329,7 +343,7 @@ def test_rows_go_to_their_places_in_one_launch() -> None:
     for tensor in new.in_order():
         tensor[:, 4, 1:] = math.nan
     places = Places(blocks, np.array([0, 1, -1, 0, 1]), np.array([3, 19, 0, 4, 0]))
-    output = Output(hidden, new, torch.ones((), dtype=torch.int32, device=DEVICE), None)
+    output = Output(hidden, new, torch.ones((), dtype=torch.int32, device=DEVICE), None, None, torch.ones(2, 5))
     rows = np.stack([places.block_idx, places.target_rows])
     tables = [torch.from_numpy(table).to(DEVICE) for table in (output.sources(), places.addresses().ravel(), rows)]
     place(hidden, output.is_finite, *tables)
@@ -367,6 +381,7 @@ def test_graphs_give_the_tokens_of_plain_steps(name: str, tokenizer: Any) -> Non
     found = generate(texts_of(lm), max_new_tokens=30)
     assert lm.session.evaluator.executor.steps.refusal is None
     assert counts_of(lm)["replayed"] > 15
+    assert counts_of(lm)["taken"] > 10
     for text in found:
         assert text.completion_tokens == plain_greedy(model, text.prompt.tokens, 30)
 
@@ -467,7 +482,7 @@ def test_stats_count_steps_and_the_memory_of_graphs(
     assert lm.stats.graph_bytes == 0
     stepping(lm, 12)
     stats, counts = lm.stats, counts_of(lm)
-    assert (stats.steps_recorded, stats.steps_plain) == (1, counts["eager"] + 1)  # one that began a span
+    assert (stats.steps_recorded, stats.steps_plain) == (1, counts["eager"])
     assert stats.steps_replayed == counts["replayed"] - 1 > 5
     (graph,) = lm.session.evaluator.executor.steps.graphs.values()
     assert stats.graph_bytes == 10_000 + graph.num_bytes
@@ -570,7 +585,7 @@ def test_a_pool_is_of_no_more_use_when_its_graphs_are_gone(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(FakeGraph, "pools", {})
     recorder = CudaRecorder(torch.device("cpu"))
-    output = Output(torch.zeros(1), keys_values(1, 1), torch.ones(()), None)
+    output = Output(torch.zeros(1), keys_values(1, 1), torch.ones(()), None, None, torch.ones(2, 1))
     first, second = (recorder(lambda: output, lambda _: None) for _ in range(2))
     assert FakeGraph.pools == {1: 2}
     assert first.num_bytes == second.num_bytes == 1000

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="there is no wheel of triton for this platf
 from backprompt import LM, NonFiniteError, Text, evaluate
 from backprompt.attention import triton_copies
 from backprompt.attention.choice import copies_for
-from backprompt.attention.copies import Copies, PlainCopies
+from backprompt.attention.copies import Copies, PlainCopies, all_finite
 from backprompt.attention.triton_copies import TritonCopies
 from comparing import assert_equals_plain
 from tiny_models import FAMILIES
@@ -32,10 +32,12 @@ def rows(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.fl
     return [part.transpose(0, 1) for part in joint.split([heads, kv_heads, kv_heads], dim=1)]
 
 
-def is_finite(make: Callable[[], Copies], *layers: list) -> bool:
+def is_finite(make: Callable[[], Copies], *layers: list, hidden: torch.Tensor | None = None) -> bool:
     copies = make()
     for layer in layers:
         copies.of(*layer)
+    if hidden is not None:
+        copies.check(hidden)
     return bool(copies.are_finite())
 
 
@@ -68,6 +70,27 @@ def test_one_number_that_is_not_finite_is_noticed_in_queries_and_keys(make, bad,
             spoiled = rows(*shape)
             spoiled[part][place] = bad
             assert not is_finite(make, rows(*shape), spoiled, rows(*shape))
+
+
+@pytest.mark.parametrize("make", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (3, 5000)])
+def test_one_number_that_is_not_finite_is_noticed_in_hidden_states(make, dtype, shape):
+    hidden = torch.full(shape, torch.finfo(dtype).max, device=DEVICE, dtype=dtype)
+    assert is_finite(make, rows(2, 2, 16), hidden=hidden)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for place in ((0, 0), (-1, -1)):
+            spoiled = hidden.clone()
+            spoiled[place] = bad
+            assert not is_finite(make, rows(2, 2, 16), hidden=spoiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_not_finite_is_noticed_among_tensors(dtype):
+    tensors = [torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in ((3, 1, 2), (0, 4), (5,))]
+    assert all_finite(tensors)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite([*tensors, torch.tensor([[1, bad]], device=DEVICE, dtype=dtype)])
 
 
 @pytest.mark.parametrize("make", WAYS)

@@ -117,6 +117,19 @@ def test_float64_log_probabilities_of_the_harness(double, double_lm):
     assert total == pytest.approx(float(expected), abs=1e-12)
 
 
+@pytest.mark.parametrize("is_evaluated", [False, True])
+@pytest.mark.parametrize("starts", [None, [3]])
+def test_a_change_to_returned_scores_reaches_no_kept_score(is_evaluated, starts, double_lm):
+    text = Text(PROMPTS[0], double_lm)
+    if is_evaluated:
+        double_lm.evaluate([text])
+    expected = [found.clone() for found in (double_lm.token_logprobs([text], starts)[0], text.token_logprobs)]
+    for found in (double_lm.token_logprobs([text], starts)[0], text.token_logprobs):
+        found.fill_(7.0)
+    for found, own in zip((double_lm.token_logprobs([text], starts)[0], text.token_logprobs), expected, strict=True):
+        assert torch.equal(found.nan_to_num(), own.nan_to_num())
+
+
 def test_half_precision_log_probabilities_are_float32(tokenizer):
     """Of the logits as they are: half precision would round them away."""
     model = FAMILIES["llama"]().bfloat16()

@@ -105,6 +105,26 @@ def test_samples_are_the_same_with_graphs_and_without(tokenizer: Any) -> None:
     assert lms[0].stats.steps_recorded > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_captured_step_waits_only_for_its_report(name: str, options: dict[str, Any], tokenizer: Any) -> None:
+    """The wait for an event is none that torch notes."""
+    model = FAMILIES[name]().cuda()
+    lms = [LM(model, tokenizer) for _ in range(2)]
+    lms[1].session.evaluator.executor.steps = None
+    stream = Text("The cat", lms[0]).stream(max_new_tokens=30, **options)
+    for _ in range(10):
+        stream.run.step()
+    with no_waits():
+        stream.run.step()
+    list(stream)
+    assert (
+        stream.text.completion_tokens
+        == Text("The cat", lms[1]).generate(max_new_tokens=30, **options).completion_tokens
+    )
+    assert lms[0].session.evaluator.executor.steps.counts["taken"] > 10
+
+
 def test_a_changed_weight_is_noticed(tokenizer: Any) -> None:
     """By its version, and by a sample where it keeps its version; the look reads elements on the device."""
     model = FAMILIES["llama"]().cuda()

@@ -8,7 +8,8 @@ import torch
 from transformers.generation import logits_process as kinds
 
 from backprompt.generation.choosing import is_quick_the_same
-from backprompt.generation.quick import few, first_of_largest, in_rising_order, quickly_processed
+from backprompt.generation.quick import few, in_rising_order, quickly_processed
+from backprompt.logprobs import first_of_largest
 
 VOCAB = 3000
 IDS = torch.zeros((1, 7), dtype=torch.long)

@@ -27,7 +27,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def no_launchers():
+    """The kernels may be others during the test."""
+    rating_triton.launchers.cache_clear()
+    yield
+    rating_triton.launchers.cache_clear()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch, no_launchers):
     monkeypatch.setattr(rating_triton, "COLUMNS", 32)
     monkeypatch.setattr(rating_triton, "TOKENS", 16)
 
@@ -103,6 +111,7 @@ class Changing:
         return launch
 
 
+@pytest.mark.usefixtures("no_launchers")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -142,6 +151,7 @@ def test_the_choice(monkeypatch):
     assert rate_for("cuda", torch.float16, is_aligned=True) is rate_by_torch
 
 
+@pytest.mark.usefixtures("no_launchers")
 def test_a_slice_takes_two_launches(monkeypatch):
     """However many rows and tokens it has."""
     launched = []

@@ -15,7 +15,8 @@ import backprompt
 from backprompt import LM, Text, generate
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
-from backprompt.attention.tables import Segments
+from backprompt.attention.device_tables import DeviceTables, Room
+from backprompt.attention.tables import Cut, Segments, Work
 from backprompt.forest import plan
 from backprompt.forest.passes import missing_spans
 from backprompt.forest.plan import plan_pass
@@ -29,7 +30,7 @@ from comparing import assert_close
 from reference import plain_greedy, plain_token_logprobs
 from tiny_blocks import assert_right, compute, inserted, keys_values_for, numbers_of, states_for
 
-CALLS_A_TEXT = 34
+CALLS_A_TEXT = 15
 """The calls of functions of the package that one more text adds to a step."""
 
 PROMPTS = ((1, 2, 3), (1, 2, 4, 5), (7,), (1, 2, 3, 9, 9))
@@ -131,6 +132,43 @@ def test_a_step_attends_as_if_it_were_planned_from_nothing(
             assert_right(texts.forest.spans())
 
 
+@given(
+    prompts=prompts,
+    num_steps=st.integers(1, ROWS_AT_A_TIME),
+    cut=st.builds(Cut, st.sampled_from([1, 2, 16]), st.sampled_from([4, 64]), st.sampled_from([2, 100]), st.just(1)),
+    window=st.sampled_from([None, None, 3]),
+    num_rows=st.sampled_from([0, 16]),
+    data=st.data(),
+)
+def test_tables_that_advance_are_those_of_each_step(prompts, num_steps, cut, window, num_rows, data):
+    """Some steps are left out, and some texts leave on the way."""
+    texts = Texts(prompts)
+    steps = StepPlan(texts.to_come())
+    segments = Segments.of(steps.pass_.segments, steps.pass_.positions)
+    num_rows = max(num_rows, len(segments.positions))
+    first = segments.padded(num_rows)
+    work = Work.of(first, cut, window)
+    tables = DeviceTables.of(first, work, torch.device("cpu"), Room.for_steps(first, work, cut))
+    loaded = segments
+    for _ in range(num_steps):
+        rows, num_live = None, len(segments.positions)
+        if num_live > 1 and data.draw(st.integers(0, 4)) == 0:
+            rows = sorted(data.draw(st.sets(st.integers(0, num_live - 1), min_size=1, max_size=num_live - 1)))
+        segments = segments.next_step(rows)
+        if data.draw(st.booleans()):
+            continue
+        padded, num_between = segments.padded(num_rows), segments.steps_since(loaded)
+        is_advanced = num_between is not None and tables.advance(padded, num_between)
+        if num_between:
+            in_last_piece = (segments.columns[4, segments.grows] - num_between - 1) % cut.piece_keys + 1
+            assert is_advanced == (window is None and max(in_last_piece) + num_between < cut.piece_keys)
+        assert is_advanced or tables.load(padded, Work.of(padded, cut, window))
+        expected = DeviceTables.of(padded, Work.of(padded, cut, window), torch.device("cpu"), tables.room)
+        assert np.array_equal(tables.loaded, expected.loaded)
+        assert np.array_equal(tables.numbers[: len(tables.loaded)], tables.loaded)
+        loaded = segments
+
+
 @pytest.mark.parametrize("what", ["split", "moved", "grown"])
 def test_a_plan_is_not_used_where_keys_lie_elsewhere(what):
     texts = Texts(PROMPTS)
@@ -146,6 +184,20 @@ def test_a_plan_is_not_used_where_keys_lie_elsewhere(what):
     assert not steps.is_current()
     steps.keep(steps.rows_of({texts.ends[2]}))  # with which none of these have to do
     assert steps.is_current()
+
+
+def test_a_text_that_grows_copies_no_ids():
+    texts = Texts(PROMPTS)
+    end = texts.ends[0]
+    texts.take_in(texts.ends, [30] * 4)
+    ids = end.token_ids
+    texts.take_in(texts.ends, [31] * 4)
+    assert end.token_ids is ids
+    upper = texts.forest.split(end, 2)
+    texts.take_in(texts.ends, [32] * 4)
+    assert (upper.token_ids, end.token_ids) == ((20, 21), [30, 31, 32])
+    texts.growth.finish(end)
+    assert end.token_ids == (30, 31, 32)
 
 
 @pytest.mark.parametrize("why", ["an end", "continued", "stored", "inexact", "dropped"])

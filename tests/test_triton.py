@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="there is no wheel of triton for this platform")
 
 from backprompt import LM, Text, evaluate
+from backprompt.attention import launches
 from backprompt.attention import triton as one_launch
 from backprompt.attention.base import Scoring
 from backprompt.attention.calls import CallsAttention
@@ -238,15 +240,33 @@ def pass_of(num_texts: int) -> tuple[Any, list[torch.Tensor]]:
     return pass_, layers.rows(0, names)
 
 
-def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind() -> None:
-    """The second launch calls the compiled kernel, with addresses; another alignment or stride is another kind."""
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_a_kernel_is_looked_up_once_for_all_arguments_of_a_kind(
+    is_hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second launch calls the compiled kernel, with addresses; another alignment or stride is another kind.
+
+    Triton describes launches only for the hooks of a profiler.
+    """
     calls: list[tuple[str, tuple[object, ...]]] = []
+    chain = launches.knobs.runtime.launch_enter_hook
+    monkeypatch.setattr(chain, "calls", [lambda metadata: None] if is_hooked else [])
+    active = SimpleNamespace(get_current_stream=lambda device: device + 90)
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=active))
 
     def recorded(name: str, result: object) -> Any:
         class Recorder:
+            function, packed_metadata = "function", "packed"
+
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
                 assert grid[0] == 7
+                assert is_hooked or name == "kernel"
                 return lambda *args, **_: (calls.append((name, args)), result)[1]
+
+            def run(self, *args: object) -> None:
+                assert args[:9] == (7, 1, 1, 90, "function", "packed", None, None, None)
+                assert not is_hooked
+                calls.append((name, args[9:]))
 
         return Recorder()
 
@@ -310,11 +330,12 @@ class Failing:
 
 
 class Idle:
-    """Leaves the output as it was found: zeros, or worse."""
+    """Leaves the output and the partial results as they were found: zeros, or worse, of which numpy would warn."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*args: torch.Tensor, **_: object) -> None:
-            args[3].zero_()
+            for written in (args[3], *args[5:7]):
+                written.zero_()
 
         return launch
 

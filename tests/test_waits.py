@@ -4,14 +4,18 @@
 Counted on a device that is none: `other_device.py`.
 """
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from backprompt import LM, NonFiniteError, Text, evaluate
 from backprompt.generation.decoding import Decoding
 from backprompt.generation.run import Run
 from backprompt.generation.stops import StopStrings
+from backprompt.transfers import index_on
 from comparing import assert_close
 from other_device import DEVICE, OtherDevice
 from tiny_models import build
@@ -44,7 +48,7 @@ def waits_of(device, work):
 
 
 WEIGHTS = "backprompt/model/weights.py"
-PASS = "backprompt/model/in_flight.py"
+PASS = "backprompt/model/forwarded.py"
 CHOICE = "backprompt/generation/choosing.py"
 SCORING = "backprompt/evaluation/rating.py"
 
@@ -144,3 +148,24 @@ def test_rows_that_are_no_distribution_are_named_and_the_others_scored():
         del executor.logits
         for logprobs, other in zip(lm.token_logprobs(texts), expected, strict=True):
             assert_close(logprobs.cpu(), other.cpu())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_text_moves_few_arrays_to_the_device(name, monkeypatch):
+    """Its inputs, the tokens to be rated, and the scores that the host reads: consecutive rows need no index."""
+    with OtherDevice() as device:
+        lm = lm_on(device, name)
+        moved = []
+        from_numpy = torch.from_numpy
+        monkeypatch.setattr(torch, "from_numpy", lambda array: (moved.append(array), from_numpy(array))[1])
+        lm.token_logprobs([Text("One text, and no other.", lm)])
+        assert len(moved) == 4
+
+
+@given(st.lists(st.integers(0, 9), max_size=6) | st.builds(lambda a, b: list(range(a, b)), *[st.integers(0, 9)] * 2))
+def test_an_index_takes_the_rows(rows):
+    rows = np.array(rows, dtype=np.int64)
+    tensor = torch.arange(20).view(10, 2)
+    found = index_on(rows, torch.device("cpu"))
+    assert torch.equal(tensor[found], tensor[torch.from_numpy(rows)])
+    assert isinstance(found, slice) == (len(rows) > 0 and rows.tolist() == list(range(rows[0], rows[0] + len(rows))))

@@ -72,6 +72,10 @@ class StandingAttention(Protocol):
         """Set the next step; return False if the tables have no room for it: then a new object is needed."""
         ...
 
+    def load_next(self, prepared: PreparedAttention) -> bool:
+        """Set the step behind the one for which an attention is prepared; see `load`. `prepared` stays as it is."""
+        ...
+
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`.
 

@@ -73,12 +73,19 @@ class CopiesByDevice:
 
     def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `Copies`."""
-        copies = self._copies.get(key.device)
-        if copies is None:
-            copies = self._copies[key.device] = copies_for(key.device)()
-        return copies.of(query, key, value)
+        return self._on(key.device).of(query, key, value)
+
+    def check(self, hidden: Tensor) -> None:
+        """See `Copies`."""
+        self._on(hidden.device).check(hidden)
 
     def are_finite(self) -> Tensor:
         """See `Copies`; the answer lies on the device of the first layer."""
         found = [copies.are_finite() for copies in self._copies.values()]
         return torch.stack([one.to(found[0].device) for one in found]).all()
+
+    def _on(self, device: torch.device) -> Copies:
+        copies = self._copies.get(device)
+        if copies is None:
+            copies = self._copies[device] = copies_for(device)()
+        return copies

@@ -176,6 +176,11 @@ class PreparedCalls:
         if scoring.softcap is not None:
             kernel = partial(clear_kernel, softcap=scoring.softcap)
 
+        calls = self._calls(query, scoring.window)
+        if len(calls) == 1 and scoring.sinks is None:  # one run of rows that see no other keys
+            output, _ = kernel(query, key, value, scoring.scaling, calls[0].call.is_causal, calls[0].seen)
+            return output.contiguous()
+
         def result_of(masked: _Masked) -> KernelOutput:
             call = masked.call
             if call.block is None:
@@ -184,7 +189,6 @@ class PreparedCalls:
                 keys, values = cast(Layers, call.block).layer(layer_idx, masked.keys)  # the plan does not read blocks
             return kernel(query[:, call.rows], keys, values, scoring.scaling, call.is_causal, masked.seen)
 
-        calls = self._calls(query, scoring.window)
         joined = Joined.of([result_of(masked) for masked in calls if masked.call.is_own])
         for masked in calls:
             if masked.call.is_own:

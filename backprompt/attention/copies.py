@@ -1,4 +1,4 @@
-"""The keys and values of a pass as its block holds them, and whether queries and keys are finite.
+"""The keys and values of a pass as its block holds them, and whether queries, keys and hidden states are finite.
 
 A model's key may be a view of a tensor of queries, keys and values; a copy keeps only the key. torch's attention
 returns finite numbers for some rows whose scores are NaN, so queries and keys are checked.
@@ -6,6 +6,7 @@ returns finite numbers for some rows whose scores are NaN, so queries and keys a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -23,7 +24,11 @@ class Copies(Protocol):
         ...
 
     def are_finite(self) -> Tensor:
-        """Return whether all queries and keys so far are finite, `()`, on their device; `of` must have been called."""
+        """Return whether all checked numbers so far are finite, `()`, on their device; `of` must have been called."""
+        ...
+
+    def check(self, hidden: Tensor) -> None:
+        """Check final hidden states, `(tokens, hidden)`, for NaN and infinity; see `are_finite`."""
         ...
 
 
@@ -42,6 +47,19 @@ class PlainCopies:
     def are_finite(self) -> Tensor:
         """See `Copies`."""
         return torch.stack(self._extremes).isfinite().all()
+
+    def check(self, hidden: Tensor) -> None:
+        """See `Copies`."""
+        self._extremes += hidden.aminmax()
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Return whether all numbers of tensors on one device are finite, `()`.
+
+    An extreme of a tensor with NaN is NaN. `isfinite` of all numbers takes the CPU 20 times as long.
+    """
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
+    return torch.stack(extremes).isfinite().all()
 
 
 def _copy(tensor: Tensor) -> Tensor:

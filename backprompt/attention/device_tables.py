@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Cut, Segments, Work
@@ -34,8 +35,8 @@ ROOM_FOR_PIECES = 1024
 class Addressed(Protocol):
     """Keys and values of computed rows, with their addresses."""
 
-    def addresses(self) -> Sequence[tuple[int, int, int]]:
-        """Return for each layer the addresses of keys and of values, and the stride between their heads in elements."""
+    def addresses(self) -> ArrayLike:
+        """Return each layer's addresses of keys and values, and the stride between heads in elements, `(layers, 3)`."""
         ...
 
 
@@ -88,7 +89,7 @@ class Room:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeviceTables:
     """The tables on the device; the columns of each are named in tables.py and above.
 
@@ -96,19 +97,25 @@ class DeviceTables:
         room: the number of entries that fit.
         numbers: all tables, one behind the other, as numbers of 4 bytes.
         sizes: the size of each table, in the order of the properties.
+        loaded: the same numbers on the host.
+        work: the programs of the step for which all tables were made.
+        num_steps: the number of steps since then.
 
     """
 
     room: Room
     numbers: Tensor
     sizes: tuple[int, ...]
+    loaded: NDArray[np.int32]
+    work: Work
+    num_steps: int = 0
 
     @classmethod
     def of(cls, segments: Segments, work: Work, device: torch.device, room: Room | None = None) -> DeviceTables:
         """Return the tables of a pass on the device, by one copy from pinned memory; the host does not wait for it."""
         room = Room.of(segments, work) if room is None else room
         numbers, sizes = _laid_out(segments, work, room)
-        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes)
+        made = cls(room, torch.empty(sum(sizes), dtype=torch.int32, device=device), sizes, numbers, work)
         copy_to(made.numbers, numbers)
         return made
 
@@ -120,38 +127,54 @@ class DeviceTables:
         if sizes != self.sizes:
             return False  # another number of layers
         copy_to(self.numbers, numbers)
+        self.loaded, self.work, self.num_steps = numbers, work, 0
+        return True
+
+    def advance(self, segments: Segments, num_steps: int) -> bool:
+        """Set a step some steps after the last one (`Segments.steps_since`); return False if it has other programs."""
+        work = self.work
+        if not 0 <= num_steps <= work.steps_left - self.num_steps:
+            return False
+        addresses, start = _addresses(segments.blocks, self.room.blocks), self.sizes[0]
+        self.loaded[: 2 * addresses.size] = addresses.reshape(-1).view(np.int32)
+        self.loaded[start : start + len(segments.positions)] = segments.positions
+        pieces = self.loaded[sum(self.sizes[:5]) :].reshape(-1, PIECE_COLUMNS)
+        pieces[work.last, 2] += num_steps
+        pieces[work.own, 5] += num_steps
+        copy_to(self.numbers, self.loaded)
+        self.num_steps += num_steps
         return True
 
     def _table(self, idx: int) -> Tensor:
         start = sum(self.sizes[:idx])
         return self.numbers[start : start + self.sizes[idx]]
 
-    @property
+    @cached_property
     def addresses(self) -> Tensor:
         """The table of addresses, `(layers, blocks, columns)`, flat."""
         return self._table(0).view(torch.int64)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """The position of each row."""
         return self._table(1)
 
-    @property
+    @cached_property
     def until(self) -> Tensor:
         """For each row, the row behind the last one that sees it."""
         return self._table(2)
 
-    @property
+    @cached_property
     def programs(self) -> Tensor:
         """The programs, flat."""
         return self._table(3)
 
-    @property
+    @cached_property
     def joins(self) -> Tensor:
         """The joins, flat."""
         return self._table(4)
 
-    @property
+    @cached_property
     def pieces(self) -> Tensor:
         """The pieces, flat."""
         return self._table(5)
@@ -159,24 +182,19 @@ class DeviceTables:
 
 def _laid_out(segments: Segments, work: Work, room: Room) -> tuple[NDArray[np.int32], tuple[int, ...]]:
     """Return all tables as one array, and the size of each with its room; the room of the last table is left out."""
-    unused = np.zeros((room.programs - len(work.programs), PROGRAM_COLUMNS), dtype=np.int32)
-    unused[:, 4] = -1
-    parts: list[NDArray[Any]] = [
-        _addresses(segments.blocks, room.blocks),
-        segments.positions,
-        segments.until,
-        np.concatenate([work.programs, unused]),
-        np.concatenate([work.joins, np.zeros((room.joins - len(work.joins), JOIN_COLUMNS), dtype=np.int32)]),
-        work.pieces,
-    ]
-    used = [part.nbytes // 4 for part in parts]
-    sizes = [-(-size // 4) * 4 + 4 for size in (*used[:-1], room.pieces * PIECE_COLUMNS)]  # aligned, and never empty
-    numbers = np.zeros(sum(sizes[:-1]) + used[-1], dtype=np.int32)
+    addresses = _addresses(segments.blocks, room.blocks)
+    num_programs, num_joins = room.programs * PROGRAM_COLUMNS, room.joins * JOIN_COLUMNS
+    lengths = 2 * addresses.size, room.rows, room.rows, num_programs, num_joins, room.pieces * PIECE_COLUMNS
+    sizes = tuple(-(-length // 4) * 4 + 4 for length in lengths)  # aligned, and never empty
+    parts: list[NDArray[Any]] = [addresses, segments.positions, segments.until, work.programs, work.joins, work.pieces]
+    numbers = np.zeros(sum(sizes[:-1]) + work.pieces.size, dtype=np.int32)
     start = 0
     for part, size in zip(parts, sizes, strict=True):
-        numbers[start : start + part.nbytes // 4] = np.ascontiguousarray(part).reshape(-1).view(np.int32)
+        numbers[start : start + part.nbytes // 4] = part.reshape(-1).view(np.int32)
         start += size
-    return numbers, tuple(sizes)
+    start = sum(sizes[:3])
+    numbers[start + work.programs.size + 4 : start + num_programs : PROGRAM_COLUMNS] = -1  # no slot
+    return numbers, sizes
 
 
 def _addresses(blocks: Sequence[object], room: int) -> NDArray[np.int64]:

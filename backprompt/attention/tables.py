@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ class Segments:
         positions: the position of each row.
         until: for each row, the row behind the last one that sees it, `(tokens,)`.
         grows: which segments have one more key in the next step of a generation, `(segments,)`.
+        first_step: the same object for all steps that follow each other with the same rows.
+        num_steps: the number of steps since the first of these.
 
     """
 
@@ -58,6 +61,8 @@ class Segments:
     positions: Ints
     until: Ints
     grows: NDArray[np.bool_]
+    first_step: object = field(default_factory=object)
+    num_steps: int = 0
 
     @classmethod
     def of(cls, segments: Sequence[KeySegment], positions: Sequence[int]) -> Segments:
@@ -94,11 +99,9 @@ class Segments:
 
     def next_step(self, rows: Sequence[int] | None = None) -> Segments:
         """Return the segments in the next step of a generation (see forest/steps.py); `rows`: the rows that stay."""
-        columns, positions, until = self.columns.copy(), self.positions + 1, self.until
-        columns[4] += self.grows
-        columns[5] += columns[7]
         if rows is None:
-            return replace(self, columns=columns, positions=positions)
+            return self._next_step
+        columns, positions = self._next_step.columns.copy(), self._next_step.positions
         kept = np.array(rows, dtype=np.int64)
         start, stop, _, key_start, num_keys, key_position, _, is_own, _ = columns
         first, is_own = positions[np.minimum(start, len(positions) - 1)], is_own > 0
@@ -108,6 +111,17 @@ class Segments:
         key_start[is_own], num_keys[is_own] = start[is_own], (stop - start)[is_own]
         key_position[is_own & stay] += (positions[start[is_own & stay]] - first[is_own & stay]).astype(np.int64)
         return Segments(columns[:, stay], self.blocks, positions, until, self.grows[stay])
+
+    @cached_property
+    def _next_step(self) -> Segments:
+        columns = self.columns.copy()
+        columns[4] += self.grows
+        columns[5] += columns[7]
+        return replace(self, columns=columns, positions=self.positions + 1, num_steps=self.num_steps + 1)
+
+    def steps_since(self, other: Segments) -> int | None:
+        """Return the number of steps from other segments to these; None if they are of other rows."""
+        return self.num_steps - other.num_steps if self.first_step is other.first_step else None
 
     def padded(self, num_rows: int) -> Segments:
         """Return the segments with additional rows behind those of the pass; these see nothing."""
@@ -142,6 +156,9 @@ class Work:
     Attributes:
         pieces, programs, joins: the tables, one entry a row.
         num_slots: the number of partial results.
+        steps_left: the number of steps after this one with the same programs, whose pieces differ in only two columns:
+        last: the last piece of each segment that grows has one more key in each step;
+        own: the pieces of rows that see each other are one position later in each step.
 
     """
 
@@ -149,11 +166,14 @@ class Work:
     programs: Ints
     joins: Ints
     num_slots: int
+    steps_left: int
+    last: NDArray[np.int64]
+    own: NDArray[np.int64]
 
     @classmethod
     def of(cls, segments: Segments, cut: Cut, window: int | None) -> Work:
         """Return the programs that compute all rows, the longest first."""
-        pieces, piece_counts = _pieces(segments, cut, window)
+        pieces, piece_counts, last = _pieces(segments, cut, window)
         num_rows = len(segments.positions)
         num_pieces = int(piece_counts.sum())
         share = max(cut.least_pieces, math.ceil(num_pieces / cut.shares), 1)
@@ -175,7 +195,11 @@ class Work:
         joins = np.stack(
             [starts[joined], stops[joined], first_slot[joined], first_slot[joined] + parts[joined]], axis=1
         ).astype(np.int32)
-        return cls(pieces, programs, joins, int(slots_of_tile.sum()))
+        steps_left = 0  # a window hides other keys in each step
+        if window is None:  # a full piece may be of another kind
+            steps_left = int(cut.piece_keys - 1 - pieces[last, 2].max(initial=0))
+        own = np.flatnonzero(pieces[:, 6] == 1)
+        return cls(pieces, programs, joins, int(slots_of_tile.sum()), max(0, steps_left), last, own)
 
 
 def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
@@ -185,8 +209,8 @@ def num_pieces(segments: Segments, tile_rows: int, piece_keys: int) -> int:
     return int(num_tiles @ -(-num_keys // piece_keys))
 
 
-def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64]]:
-    """Return the pieces in the order of tiles, and the number of pieces of each tile."""
+def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pieces in the order of tiles, the number of pieces of each tile, and the last pieces that grow."""
     start, stop, block, key_start, num_keys, key_position, times, is_own, is_mixed = segments.columns
     num_tiles = -(-len(segments.positions) // cut.tile_rows)
     first_tile = start // cut.tile_rows
@@ -219,7 +243,8 @@ def _pieces(segments: Segments, cut: Cut, window: int | None) -> tuple[Ints, NDA
     if window is None:
         pieces[is_whole_tile[pair] & (pieces[:, 2] == cut.piece_keys), 6] = 2
     pieces[:, 7] = np.log2(times[of].astype(np.float64)).astype(np.float32).view(np.int32)
-    return pieces, np.bincount(pair_tile, weights=pair_pieces, minlength=num_tiles).astype(np.int64)
+    piece_counts = np.bincount(pair_tile, weights=pair_pieces, minlength=num_tiles).astype(np.int64)
+    return pieces, piece_counts, (np.cumsum(pair_pieces) - 1)[segments.grows[pair_segment]]
 
 
 def _least_position(positions: Ints, low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from backprompt.attention.base import CannotStandError, PreparedAttention, Scori
 from backprompt.attention.calls import CallsAttention
 from backprompt.attention.device_tables import ADDRESS_COLUMNS, DeviceTables, Room
 from backprompt.attention.kernels import additive_mask, clear_kernel
-from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.launches import Launcher
 from backprompt.attention.shapes import Launch, Shape, launch_for
 from backprompt.attention.tables import JOIN_COLUMNS, PIECE_COLUMNS, PROGRAM_COLUMNS, Segments, Work
 from backprompt.attention.tiles import LARGEST_HEAD, Tile
@@ -99,6 +99,7 @@ class PreparedTriton:
         self._forest: OneLaunch | None = None
         self._calls = attention.calls.prepare(pass_, num_steps)  # for layers that the kernel does not support
         self._launches: dict[Hashable, Launch | str] = {}
+        self._layers: dict[Hashable, _Layers] = {}
 
     @property
     def segments(self) -> Segments:
@@ -110,6 +111,7 @@ class PreparedTriton:
     def advance(self, rows: Sequence[int] | None = None) -> None:
         """Advance to the next step; see `PreparedAttention.advance`."""
         self._forest = None
+        self._layers.clear()
         self._segments = self.segments.next_step(rows)
         self._calls.advance(rows)
 
@@ -117,18 +119,21 @@ class PreparedTriton:
         """Return attention over the forest; see `PreparedAttention.attend`."""
         attention = self._attention
         kind = _kind_of(query, key, value, scoring)
-        launch = self._launches.get(kind)
-        if launch is None:
-            launch = attention.launch_or_refusal(query, key, value, scoring, self.segments)
-            self._launches[kind] = launch
-        if isinstance(launch, str):
-            output = self._calls.attend(layer_idx, query, key, value, scoring)
-            attention.name = f"{attention.calls.name} ({launch})"
-            return output
+        layers = self._layers.get(kind)
+        if layers is None:
+            launch = self._launches.get(kind)
+            if launch is None:
+                launch = attention.launch_or_refusal(query, key, value, scoring, self.segments)
+                self._launches[kind] = launch
+            if isinstance(launch, str):
+                output = self._calls.attend(layer_idx, query, key, value, scoring)
+                attention.name = f"{attention.calls.name} ({launch})"
+                return output
+            if self._forest is None:
+                self._forest = OneLaunch(self.segments)
+            layers = self._layers[kind] = self._forest.layers(kind, query, key, scoring, launch)
         attention.name = "triton"
-        if self._forest is None:
-            self._forest = OneLaunch(self.segments)
-        return self._forest.attend(layer_idx, query, key, value, scoring, launch)
+        return layers.attend(layer_idx, query, key, value, scoring.sinks)
 
 
 class StandingTriton:
@@ -148,11 +153,19 @@ class StandingTriton:
     def load(self, prepared: PreparedAttention) -> bool:
         """Set the step for which an attention is prepared; see `StandingAttention.load`."""
         assert isinstance(prepared, PreparedTriton), prepared
-        segments = prepared.segments.padded(self._num_rows)
+        return self._load(prepared.segments)
+
+    def load_next(self, prepared: PreparedAttention) -> bool:
+        """Set the step behind the one for which an attention is prepared; see `StandingAttention.load_next`."""
+        assert isinstance(prepared, PreparedTriton), prepared
+        return self._load(prepared.segments.next_step())
+
+    def _load(self, segments: Segments) -> bool:
+        padded = segments.padded(self._num_rows)
         if self._forest is None:
-            self._forest = OneLaunch(segments, has_room=True)
+            self._forest = OneLaunch(padded, has_room=True)
             return True
-        return self._forest.load(segments)
+        return self._forest.load(padded)
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
@@ -163,7 +176,8 @@ class StandingTriton:
             if isinstance(launch, str):
                 raise CannotStandError(launch)
             self._launches[kind] = launch
-        return self._forest.attend(layer_idx, query, key, value, scoring, self._launches[kind])
+        layers = self._forest.layers(kind, query, key, scoring, self._launches[kind])
+        return layers.attend(layer_idx, query, key, value, scoring.sinks)
 
 
 def _kind_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Hashable:
@@ -204,13 +218,16 @@ class OneLaunch:
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, launch: Launch
     ) -> Tensor:
         """Return attention over the forest; see `PreparedAttention.attend`."""
-        kind = _kind_of(query, key, value, scoring)
+        layers = self.layers(_kind_of(query, key, value, scoring), query, key, scoring, launch)
+        return layers.attend(layer_idx, query, key, value, scoring.sinks)
+
+    def layers(self, kind: Hashable, query: Tensor, key: Tensor, scoring: Scoring, launch: Launch) -> _Layers:
+        """Return the launches of the layers of a kind."""
         layers = self._layers.get(kind)
         if layers is None or layers.launch is not launch:
             shape = Shape.of(query, key)
             layers = self._layers[kind] = _Layers.of(self._tables_of(shape, launch, scoring), shape, scoring, launch)
-        with on_device(query.device):
-            return layers.attend(layer_idx, query, key, value, scoring.sinks)
+        return layers
 
     @property
     def num_bytes(self) -> int:
@@ -223,9 +240,11 @@ class OneLaunch:
 
         The blocks of the pass are not kept alive here: other objects keep them during the step.
         """
+        num_steps = segments.steps_since(self.segments)
         self.segments = replace(segments, blocks=())
         return all(
-            tables.load(segments, Work.of(segments, launch.cut(shape), window))
+            (num_steps is not None and tables.advance(segments, num_steps))
+            or tables.load(segments, Work.of(segments, launch.cut(shape), window))
             for (shape, launch, window), tables in self.tables.items()
         )
 

@@ -7,6 +7,7 @@ and two more launches for the copies.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backprompt.attention.copies import PlainCopies
-from backprompt.attention.launches import Launcher, on_device
+from backprompt.attention.launches import Launcher
 from backprompt.attention.triton_kernels import copy_kernel
 
 logger = logging.getLogger(__name__)
@@ -41,18 +42,24 @@ class TritonCopies:
 
     def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `Copies`."""
-        sizes = query.shape[0], key.shape[0], query.shape[2]
-        if not self._is_fit(query, key, value) or not serves(query.device, query.dtype, *sizes):
+        if not self._is_fit(query, key, value):
             self.is_plain_used = True
             return self._plain.of(query, key, value)
-        flag = self._flags.get(query.device)
-        if flag is None:
-            flag = self._flags[query.device] = torch.zeros(1, dtype=torch.int32, device=query.device)
-        return _copied(query, key, value, flag)
+        return _copied(query, key, value, self._flag_on(query.device))
+
+    def check(self, hidden: Tensor) -> None:
+        """See `Copies`; the hidden states are checked as queries without keys."""
+        query = hidden.reshape(1, -1, math.gcd(hidden.shape[1], PROGRAM_NUMBERS))
+        nothing = query[:0]
+        if self._is_fit(query, nothing, nothing):
+            _copied(query, nothing, nothing, self._flag_on(query.device))
+        else:
+            self.is_plain_used = True
+            self._plain.check(hidden)
 
     def are_finite(self) -> Tensor:
         """See `Copies`."""
-        found = [(flag == 0).all() for flag in self._flags.values()]
+        found = [flag == 0 for flag in self._flags.values()]
         if self.is_plain_used:
             found.append(self._plain.are_finite())
         return found[0] if len(found) == 1 else torch.stack([one.to(found[0].device) for one in found]).all()
@@ -65,7 +72,14 @@ class TritonCopies:
             and key.shape == value.shape
             and query.shape[2] == key.shape[2]
             and query.stride(2) == key.stride(2) == value.stride(2) == 1
+            and serves(query.device, query.dtype, query.shape[0], key.shape[0], query.shape[2])
         )
+
+    def _flag_on(self, device: torch.device) -> Tensor:
+        flag = self._flags.get(device)
+        if flag is None:
+            flag = self._flags[device] = torch.zeros((), dtype=torch.int32, device=device)
+        return flag
 
 
 def _copied(query: Tensor, key: Tensor, value: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,13 +88,12 @@ def _copied(query: Tensor, key: Tensor, value: Tensor, flag: Tensor) -> tuple[Te
     kv_heads = key.shape[0]
     launch, tokens = launcher(query.device, query.dtype, heads, kv_heads, head_dim)
     copies = (
-        torch.empty(key.shape, dtype=key.dtype, device=key.device),
-        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
     )
     strides = *query.stride()[:2], *key.stride()[:2], *value.stride()[:2]
-    with on_device(query.device):
-        num_programs = -(-num_tokens // tokens) * (heads + 2 * kv_heads)
-        launch.launch(num_programs, (query, key, value, *copies, flag), strides, (num_tokens,))
+    num_programs = -(-num_tokens // tokens) * (heads + 2 * kv_heads)
+    launch.launch(num_programs, (query, key, value, *copies, flag), strides, (num_tokens,))
     return copies
 
 
@@ -104,9 +117,9 @@ def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, 
     )
     flags = torch.zeros(2, dtype=torch.int32, device=device)
     try:
-        first = _copied(query, key, value, flags[:1])
-        key[0, 2, 0] = torch.inf
-        second = _copied(query, key, value, flags[1:])
+        first = _copied(query, key, value, flags[0])
+        (key if kv_heads else query)[0, 2, 0] = torch.inf
+        second = _copied(query, key, value, flags[1])
     except torch.OutOfMemoryError:
         raise  # this error says nothing about the kernel, and the answer is cached
     except Exception as error:  # a compiler runs, and fails in ways of its own

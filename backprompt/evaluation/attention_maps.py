@@ -17,7 +17,7 @@ from backprompt.attention.maps import Chosen, MapAttention, PackedMaps, Sight
 from backprompt.evaluation.computation import Computation
 from backprompt.forest.span import Inserted, Span
 from backprompt.memory.blocks import gather, keys_values_of, layer_names
-from backprompt.model.in_flight import Work
+from backprompt.model.forwarded import Work
 from backprompt.model.levels import check_packed
 from backprompt.tokens.graph import TokenIds, flat
 from backprompt.tokens.written import positions_of, visible_to, written_runs

@@ -40,7 +40,7 @@ from backprompt.memory.eviction import Memory
 from backprompt.memory.leaves import NOTHING_SPARED, Spared
 from backprompt.memory.snapshots import keep_snapshot
 from backprompt.model.executor import Executor
-from backprompt.model.in_flight import Work
+from backprompt.model.forwarded import Work
 from backprompt.model.levels import check_packed
 from backprompt.model.probe import probe
 from backprompt.progress import GrowingBar
@@ -106,6 +106,7 @@ class Means:
     Attributes:
         model: the user's model, for the probe.
         has_changed: whether the model's weights have changed.
+        has_moved: the same, but without a look at the numbers in them.
         executor: runs passes and the output head.
         memory: the device's tier, with the second pool below it.
         pools: the pools of results.
@@ -117,6 +118,7 @@ class Means:
 
     model: nn.Module
     has_changed: Callable[[], bool]
+    has_moved: Callable[[], bool]
     executor: Executor
     memory: Memory
     pools: Pools
@@ -150,6 +152,7 @@ class Computation:
     def __init__(self, means: Means) -> None:
         self._model = means.model
         self._has_changed = means.has_changed
+        self._has_moved = means.has_moved
         self.executor = means.executor
         self.memory = means.memory
         self.pools = means.pools
@@ -414,18 +417,22 @@ class Computation:
             known.hand_to(self.executor)
         self.probed = known
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, are_numbers_same: bool | None = None) -> None:
         """Raise StaleRepresentationError if weights have changed since the work that was checked last.
 
         The work since then may mix states of the weights, so all results are forgotten: weights may change
         back unnoticed.
+
+        Args:
+            are_numbers_same: the result of a look at the numbers that was part of the work; None if there was no look.
+
         """
         if self.counters.work != self._checked_work:
-            self._raise_if_changed()
+            self._raise_if_changed(are_numbers_same)
             self._checked_work = self.counters.work
 
-    def _raise_if_changed(self) -> None:
-        if self._has_changed():
+    def _raise_if_changed(self, are_numbers_same: bool | None = None) -> None:
+        if self._has_changed() if are_numbers_same is None else self._has_moved() or not are_numbers_same:
             self.clear()
             raise StaleRepresentationError(
                 "The model's weights have changed while they were used, so the results mix two states of the "

@@ -14,7 +14,7 @@ from backprompt.evaluation.computation import Computation, Request
 from backprompt.evaluation.holders import Growing
 from backprompt.evaluation.scores import TokenScore
 from backprompt.evaluation.scoring import Scoring
-from backprompt.evaluation.steps import Stepped, Steps, Token
+from backprompt.evaluation.steps import Following, Stepped, Steps, Token
 from backprompt.forest.span import Span
 from backprompt.memory.growth import Growth
 from backprompt.tokens.graph import TokenIds
@@ -52,12 +52,14 @@ class Continuations:
         with self._computation.held(texts, Request(with_keys_values=True)) as ends:
             return ends
 
-    def extend(self, owners: Collection[object], tokens: Mapping[Token, TokenScore], num_texts: int) -> Stepped | None:
+    def extend(
+        self, owners: Collection[object], tokens: Mapping[Token, TokenScore], num_texts: int, following: Following
+    ) -> Stepped | None:
         """Let texts take in a token each; None if that is not possible, see `Steps.extend`.
 
         `num_texts`: the number of texts, of which several may be equal so far.
         """
-        stepped = self.steps.extend(owners, tokens)
+        stepped = self.steps.extend(owners, tokens, following)
         if stepped is not None:
             self._computation.counters.tokens_requested += num_texts
         return stepped

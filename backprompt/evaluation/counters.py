@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from backprompt.model.in_flight import Way, Work
+from backprompt.model.forwarded import Way, Work
 
 
 @dataclass
@@ -15,6 +15,7 @@ class Counters:
     tokens_requested: int = 0
     tokens_computed: int = 0
     tokens_recomputed: int = 0
+    tokens_dropped: int = 0
     tokens_fetched: int = 0
     tokens_loaded: int = 0
     forward_passes: int = 0

@@ -56,7 +56,7 @@ class Finder:
     def find(self, span: Span) -> Found | None:
         """Return the longest stored beginning of the span, in an entry that begins with the span or before it."""
         first, between = span, 0
-        token_ids = span.token_ids
+        token_ids = tuple(span.token_ids)
         while True:
             start = self._keys.start_of(first)
             match = self._store.longest(start.hex(), token_ids)
@@ -68,7 +68,7 @@ class Finder:
                 return None  # no entry runs through an unstored span
             first = first.parent
             between += len(first.token_ids)
-            token_ids = first.token_ids + token_ids
+            token_ids = (*first.token_ids, *token_ids)
 
     def goes_on(self, end: Span) -> bool:
         """Return whether `find` may find an entry for a span right behind the text that ends here."""
@@ -78,7 +78,7 @@ class Finder:
         for span in chain(end):
             if not span.is_stored:
                 return False  # no entry runs through an unstored span
-            token_ids = span.token_ids + token_ids
+            token_ids = (*span.token_ids, *token_ids)
             if self._store.goes_on(self._keys.start_of(span).hex(), token_ids):
                 return True
         return False

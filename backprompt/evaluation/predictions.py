@@ -21,7 +21,7 @@ from backprompt.evaluation.scores import TokenScore, TokenScores
 from backprompt.forest.span import Span
 from backprompt.memory.blocks import States, states_of
 from backprompt.tokens.adapted import plain_array
-from backprompt.transfers import on_device
+from backprompt.transfers import index_on
 
 Item = TypeVar("Item")
 Ints: TypeAlias = "npt.NDArray[np.int64]"
@@ -55,14 +55,18 @@ class NumberedRows:
     def by_block(self, numbers: Ints) -> Iterator[tuple[States, Ints, slice]]:
         """Yield, for ascending row numbers: each block, its rows among them, and their slice of `numbers`."""
         blocks, firsts = list(self._first), np.fromiter(self._first.values(), dtype=np.int64)
+        if len(blocks) == 1:  # its first row is row 0
+            if len(numbers):
+                yield blocks[0], numbers, slice(0, len(numbers))
+            return
         bounds = [*np.searchsorted(numbers, firsts).tolist(), len(numbers)]
         for block, first, start, stop in zip(blocks, firsts.tolist(), bounds[:-1], bounds[1:], strict=True):
             if start < stop:
                 yield block, numbers[start:stop] - first, slice(start, stop)
 
     def hidden(self, numbers: Ints) -> Tensor:
-        """Return the hidden states of rows, given in ascending order, `(rows, hidden)`."""
-        parts = [block.hidden[on_device(rows, block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
+        """Return the hidden states of rows, given in ascending order, `(rows, hidden)`; consecutive rows are a view."""
+        parts = [block.hidden[index_on(rows, block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, numbers: Ints, scores: TokenScores) -> None:
@@ -70,9 +74,10 @@ class NumberedRows:
         order = np.argsort(numbers)[np.count_nonzero(numbers < 0) :]
         if not len(order):
             return
-        in_order = scores.at(order)
+        places = index_on(order, scores.logprobs.device)
+        logprobs, is_argmax = scores.logprobs[places], scores.is_argmax[places]
         for block, rows, where in self.by_block(numbers[order]):
-            block.write_scores(rows, in_order.logprobs[where], in_order.is_argmax[where])
+            block.write_scores(rows, logprobs[where], is_argmax[where])
 
     def write_values(self, scores: Mapping[int, TokenScore]) -> None:
         """Write scores that are known already, by row number."""
@@ -86,11 +91,16 @@ class NumberedRows:
         for block, rows, _ in self.by_block(np.array(sorted(numbers), dtype=np.int64)):
             block.note_unpredicted(rows)
 
-    def scores(self, numbers: Ints, candidates: TokenScores) -> TokenScores:
+    def scores(self, numbers: Ints, candidates: TokenScores | None) -> TokenScores:
         """Return the scores with these numbers, in their order; the numbers of candidates are -1, -2, ..."""
-        blocks = [TokenScores(block.logprobs, block.is_argmax) for block in self._first]
-        together = TokenScores.concatenated([*blocks, candidates])
-        return together.at(np.where(numbers < 0, self.num_rows - 1 - numbers, numbers))
+        parts = [TokenScores(block.logprobs, block.is_argmax) for block in self._first]
+        if candidates is not None:
+            parts.append(candidates)
+        index = np.where(numbers < 0, self.num_rows - 1 - numbers, numbers)
+        if len(parts) == 1:
+            return parts[0].at(index)
+        together = TokenScores.concatenated(parts)
+        return together if np.array_equal(index, np.arange(len(together.logprobs))) else together.at(index)
 
 
 @dataclass(frozen=True)
@@ -147,9 +157,12 @@ class Predictions:
     def slices(self, rows_in_a_slice: int) -> list[Targets]:
         """Return all tokens without a score, in slices of `rows_in_a_slice` rows."""
         predicting, token_ids, numbers = self._all()
-        rows, row_idx = np.unique(predicting, return_inverse=True)
-        order = np.argsort(row_idx, kind="stable")
-        row_idx, token_ids, numbers = row_idx[order], token_ids[order], numbers[order]
+        if (predicting[1:] > predicting[:-1]).all():  # those of one text
+            rows, row_idx = predicting, np.arange(len(predicting))
+        else:
+            rows, row_idx = np.unique(predicting, return_inverse=True)
+            order = np.argsort(row_idx, kind="stable")
+            row_idx, token_ids, numbers = row_idx[order], token_ids[order], numbers[order]
         starts = range(0, len(rows), rows_in_a_slice)
         bounds = np.searchsorted(row_idx, [*starts, len(rows)]).tolist()
         return [
@@ -168,11 +181,12 @@ class Predictions:
         parts = [*self._known_rows, (singles[:, 0], singles[:, 1], singles[:, 2])]
         predicting, token_ids, numbers = map(np.concatenate, zip(*parts, strict=True))
         token_ids = plain_array(token_ids)
-        is_new = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
-        asked = list(itertools.chain.from_iterable(self._branched.values()))
-        is_asked = np.ones(len(numbers), dtype=bool)
-        is_asked[len(numbers) - len(branches) :] = np.isin(singles[len(self._candidates) :, 2], asked)
-        is_left = is_new & np.isin(predicting, predicting[is_new & is_asked])
+        is_left = ~np.append(self._rows.are_scored(), False)[np.maximum(numbers, -1)]  # the last is for candidates
+        if branches:
+            asked = list(itertools.chain.from_iterable(self._branched.values()))
+            is_asked = np.ones(len(numbers), dtype=bool)
+            is_asked[len(numbers) - len(branches) :] = np.isin(singles[len(self._candidates) :, 2], asked)
+            is_left &= np.isin(predicting, predicting[is_left & is_asked])
         return predicting[is_left], token_ids[is_left], numbers[is_left]
 
 

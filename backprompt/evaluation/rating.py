@@ -39,6 +39,8 @@ class Rated:
     @classmethod
     def concatenated(cls, parts: Sequence[Rated]) -> Rated:
         """Return the tokens of all parts, one part behind the other."""
+        if len(parts) == 1:
+            return parts[0]
         scores = TokenScores.concatenated([part.scores for part in parts])
         return cls(scores, torch.cat([part.is_usable for part in parts]))
 
@@ -68,12 +70,12 @@ def rated_tokens(logits: Tensor, row_idx: Ints, token_ids: Ints) -> Rated:
     num_rows = max(1, LOG_SOFTMAX_BYTES // (4 * logits.shape[1])) if is_cpu else logits.shape[0]
     starts = range(0, logits.shape[0], num_rows)
     bounds = np.searchsorted(row_idx, [*starts, logits.shape[0]]).tolist()
-    rows, tokens = on_device(np.stack([row_idx, token_ids]), logits.device)
+    rows, tokens = on_device(np.stack([row_idx % num_rows, token_ids]), logits.device)
     found = []
     for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
-        own = rate(logits[start : start + num_rows], rows[first:last] - start, tokens[first:last])
+        own = rate(logits[start : start + num_rows], rows[first:last], tokens[first:last])
         found.append(Rated(TokenScores(*own[:2]), own[2]))
-    return Rated.concatenated(found) if len(found) > 1 else found[0]
+    return Rated.concatenated(found)
 
 
 def rate_by_torch(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

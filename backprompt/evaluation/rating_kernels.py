@@ -65,8 +65,8 @@ def tokens_kernel(
     logprobs,  # (tokens,), float32
     is_argmax,  # (tokens,), bool
     is_usable,  # (tokens,), bool
-    num_tokens,
     row_stride,
+    num_tokens,
     TOKENS: tl.constexpr,
 ):
     """Rate tokens by the results for their rows."""

@@ -7,11 +7,12 @@ with the interpreter up to 0.8 units in the last place from float64's, where tor
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from backprompt.attention.launches import Launcher
 from backprompt.evaluation.rating_kernels import rows_kernel, tokens_kernel
 from backprompt.logprobs import rated
 
@@ -32,25 +33,19 @@ def rate(logits: Tensor, rows: Tensor, token_ids: Tensor) -> tuple[Tensor, Tenso
     argmax = torch.empty(num_rows, dtype=torch.int64, device=device)
     logprobs = torch.empty(num_tokens, dtype=torch.float32, device=device)
     is_argmax, is_usable = torch.empty((2, num_tokens), dtype=torch.bool, device=device)
-    with _on_device(device):
-        rows_kernel[(num_rows,)](
-            logits, largest, log_total, argmax, num_columns, logits.stride(0), COLUMNS=COLUMNS, num_warps=8
-        )
-        tokens_kernel[(-(-num_tokens // TOKENS),)](
-            logits,
-            largest,
-            log_total,
-            argmax,
-            rows,
-            token_ids,
-            logprobs,
-            is_argmax,
-            is_usable,
-            num_tokens,
-            logits.stride(0),
-            TOKENS=TOKENS,
-        )
-    return logprobs, is_argmax, is_usable
+    of_rows, of_tokens = launchers(device, logits.dtype)
+    of_rows.launch(num_rows, (logits, largest, log_total, argmax), (num_columns, logits.stride(0)))
+    found = logprobs, is_argmax, is_usable
+    tensors = logits, largest, log_total, argmax, rows, token_ids, *found
+    of_tokens.launch(-(-num_tokens // TOKENS), tensors, (logits.stride(0),), (num_tokens,))
+    return found
+
+
+@lru_cache(maxsize=64)
+def launchers(device: torch.device, dtype: torch.dtype) -> tuple[Launcher, Launcher]:
+    """Return the launchers of the kernel for rows and of that for tokens."""
+    of_rows = Launcher(rows_kernel, {"COLUMNS": COLUMNS}, {"num_warps": 8})
+    return of_rows, Launcher(tokens_kernel, {"TOKENS": TOKENS}, {})
 
 
 def reason_against(device: torch.device, dtype: torch.dtype, is_aligned: bool) -> str | None:
@@ -91,8 +86,3 @@ def _largest_gap(device: torch.device, dtype: torch.dtype, num_columns: int) -> 
     unit = torch.finfo(torch.float32).eps * expected.abs().clamp(min=1.0)
     gaps = torch.where(own == expected, 0.0, (own - expected).abs() / unit)  # -inf equals -inf
     return float(gaps.max().nan_to_num(nan=torch.inf))
-
-
-def _on_device(device: torch.device) -> Any:
-    """Return a context in which kernels are launched on a device: Triton launches on the current one."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

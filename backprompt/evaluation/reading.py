@@ -165,7 +165,9 @@ class Reading:
             parts += [of_texts[num_read:num_before], of_fan[fan]]
             num_read = num_before
         numbers = np.concatenate([*parts, of_texts[num_read:]])
-        candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
+        candidates = None
+        if self._num_candidates or not self.rows.num_rows:
+            candidates = TokenScores.of_arrays(self._logprobs, self._are_argmax, dtype, device)
         return self.rows.scores(numbers, candidates)
 
     def numbers_of(self, item: Wanted | Fan, end: Span) -> Iterator[tuple[int, Callable[[], tuple[int, ...]]]]:
@@ -297,4 +299,4 @@ def _ids_in_fan(fan: Fan, row: int) -> tuple[int, ...]:
 
 def _ids_before(span: Span, idx: int) -> tuple[int, ...]:
     assert span.parent is not None
-    return ids_up_to(span.parent) + span.token_ids[:idx]
+    return (*ids_up_to(span.parent), *span.token_ids[:idx])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from backprompt.transfers import on_device
+from backprompt.transfers import index_on, on_device
 
 
 class TokenScore(NamedTuple):
@@ -61,8 +61,10 @@ class TokenScores:
         return cls(torch.cat([part.logprobs for part in parts]), torch.cat([part.is_argmax for part in parts]))
 
     def at(self, index: npt.NDArray[np.int64]) -> TokenScores:
-        """Return the scores at these places, in this order."""
-        places = on_device(index, self.logprobs.device)
+        """Return copies of the scores at these places, in this order."""
+        places = index_on(index, self.logprobs.device)
+        if isinstance(places, slice):
+            return TokenScores(self.logprobs[places].clone(), self.is_argmax[places].clone())
         return TokenScores(self.logprobs[places], self.is_argmax[places])
 
     def split(self, lengths: Sequence[int]) -> list[TokenScores]:

@@ -209,7 +209,7 @@ class Forest:
     def split(self, span: Span, num_tokens: int) -> Span:
         """Cut `span` after `num_tokens` tokens and return the new upper part; `span` itself becomes the lower part."""
         assert span.parent is not None and 0 < num_tokens < len(span.token_ids), (span, num_tokens)
-        upper = Span(span.token_ids[:num_tokens], span.position, span.parent)
+        upper = Span(tuple(span.token_ids[:num_tokens]), span.position, span.parent)
         pass_on_history(span, upper)
         upper.add_child(span.token_ids[num_tokens], span)
         with self.changing():

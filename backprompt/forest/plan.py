@@ -29,10 +29,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 
 from backprompt.forest.fan import Fan
-from backprompt.forest.span import Span
+from backprompt.forest.span import Junction, Span
 
 TILE_TOKENS = 128
 """Subtrees up to this many tokens are computed densely under a tree mask."""
@@ -130,7 +130,7 @@ class Call:
         return num_rows * num_keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pass:
     """One packed forward pass: the spans to compute, in row order, and the keys that their rows see.
 
@@ -154,15 +154,15 @@ class Pass:
         stops = list(accumulate(len(span.token_ids) for span in self.spans))
         return [slice(stop - len(span.token_ids), stop) for span, stop in zip(self.spans, stops, strict=True)]
 
-    @property
+    @cached_property
     def token_ids(self) -> list[int]:
         """The row: the ids of all spans, one after the other."""
-        return list(chain.from_iterable(span.token_ids for span in self.spans))
+        return [token_id for span in self.spans for token_id in span.token_ids]
 
-    @property
+    @cached_property
     def positions(self) -> list[int]:
         """The position of each token of the row in its own text."""
-        return list(chain.from_iterable(span.positions for span in self.spans))
+        return [position for span in self.spans for position in span.positions]
 
     def calls(self, window: int | None, multiplications_a_pair: int) -> list[Call]:
         """Return the kernel calls of a layer, own calls first.
@@ -208,7 +208,7 @@ def plan_pass(spans: Sequence[Span], tile_tokens: int = TILE_TOKENS) -> Pass:
             own[-1] = KeySegment.own(own[-1].start, stop, own[-1].key_position)
         else:
             own.append(KeySegment.own(start, stop, spans[idx].position, visible_until))
-            seen = spans[idx].seen()
+            seen = _seen_by(spans[idx])
         run_end = spans[next_idx - 1] if visible_until is None else None
         for ancestor in seen.items():
             slices = reach.setdefault(ancestor, [])
@@ -226,6 +226,26 @@ def _parts(span: Span, tile_tokens: int) -> Sequence[Span]:
     The fan itself stays unchanged.
     """
     return span.unfolded() if isinstance(span, Fan) and len(span.token_ids) > tile_tokens else (span,)
+
+
+def _seen_by(span: Span) -> dict[Span, int]:
+    """Return the earlier spans that the rows of a span attend to, from the first on, and how often each counts."""
+    counts: dict[Span, int] = {}
+    if span.parent is not None:
+        _count_chain(counts, span.parent, None, 1)
+    return dict(reversed(counts.items()))
+
+
+def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:
+    """Add the spans between `base` and `end` to `counts`, from the last back to the first."""
+    span: Span | None = end
+    while span is not None and span is not base:
+        if isinstance(span, Junction):
+            for (branch_end, is_frozen), repeats in span.branches.items():
+                _count_chain(counts, branch_end, None if is_frozen else span.parent, times * repeats)
+        elif span.token_ids:
+            counts[span] = counts.get(span, 0) + times
+        span = span.parent
 
 
 class _Layout:

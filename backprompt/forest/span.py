@@ -135,6 +135,8 @@ class Span:
     """A run of token ids, the position of its first token, its parent and its children.
 
     Attributes:
+        token_ids: the ids of its tokens, a tuple; a list while the span grows in place (`take_in`), so that no ids are
+            copied for one more token. No other code changes the list, or keeps it.
         keys_values: the place of its keys and values on the model's device, or None.
         states: the place of its final hidden states and log-probabilities on the device, or None.
         host_keys_values, host_states: their places in the second pool (memory/host.py); never in both pools.
@@ -174,7 +176,7 @@ class Span:
         "was_computed",
     )
 
-    def __init__(self, token_ids: tuple[int, ...], position: int, parent: Span | None) -> None:
+    def __init__(self, token_ids: Sequence[int], position: int, parent: Span | None) -> None:
         self.token_ids = token_ids
         self.position = position
         self.parent = parent
@@ -219,7 +221,7 @@ class Span:
     @property
     def positions(self) -> Sequence[int]:
         """The position of each of its tokens."""
-        return range(self.position, self.stop)
+        return range(self.position, self.position + len(self.token_ids))
 
     @property
     def parents(self) -> Sequence[Span]:
@@ -246,13 +248,6 @@ class Span:
                 stack.append((span, True))
                 stack += ((parent, False) for parent in span.parents)
         return list(spans)
-
-    def seen(self) -> dict[Span, int]:
-        """Return the earlier spans that its rows attend to, from the first on, and how often each counts."""
-        counts: dict[Span, int] = {}
-        if self.parent is not None:
-            _count_chain(counts, self.parent, None, 1)
-        return dict(reversed(counts.items()))
 
     def junction(self, ends: Iterable[BranchEnd]) -> Span | None:
         """Return the junction of the group behind this span with these branch ends, each frozen or not."""
@@ -288,6 +283,15 @@ class Span:
             self._put("keys_values", keys_values)
             if self.host_keys_values is not None:
                 self.let_go("keys_values", "host")
+
+    def take_in(self, token_id: int, keys_values: Rows, states: Rows) -> None:
+        """Add a token, and record the places with its rows in the same blocks; the caller tells the blocks."""
+        if isinstance(self.token_ids, list):
+            self.token_ids.append(token_id)
+        else:
+            self.token_ids = [*self.token_ids, token_id]
+        self.key = None
+        self.keys_values, self.states = keys_values, states
 
     def move(self, kind: Kind, rows: Rows, pool: Pool) -> None:
         """Record a new place in a pool for one kind of data, and remove that in the other pool."""
@@ -427,18 +431,6 @@ class Junction(Span):
         """The span before the group, and the ends of its branches."""
         assert self.parent is not None
         return tuple(dict.fromkeys((self.parent, *(end for end, _ in self.branches))))
-
-
-def _count_chain(counts: dict[Span, int], end: Span, base: Span | None, times: int) -> None:
-    """Add the spans between `base` and `end` to `counts`, from the last back to the first."""
-    span: Span | None = end
-    while span is not None and span is not base:
-        if isinstance(span, Junction):
-            for (branch_end, is_frozen), repeats in span.branches.items():
-                _count_chain(counts, branch_end, None if is_frozen else span.parent, times * repeats)
-        elif span.token_ids:
-            counts[span] = counts.get(span, 0) + times
-        span = span.parent
 
 
 def child_key(parent: Span, position: int, token_id: int) -> ChildKey:

@@ -68,7 +68,8 @@ class StepPlan:
     def begin(self, token_ids: Sequence[int]) -> None:
         """Set the tokens of the next step, in the order of `ends`."""
         for span, end, token_id in zip(self.pass_.spans, self.ends, token_ids, strict=True):
-            span.token_ids, span.position = (token_id,), end.stop
+            span.token_ids, span.position = (token_id,), end.position + len(end.token_ids)
+        self.pass_ = Pass(self.pass_.spans, self.pass_.segments)
 
     def advance(self) -> None:
         """Note the new places of the ends' rows, once the ends have taken their tokens in."""

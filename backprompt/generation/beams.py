@@ -21,10 +21,9 @@ from backprompt.generation.choosing import Logits, check_best, constrained_logpr
 from backprompt.generation.constrained import MAX_FORCED, allowed_rows
 from backprompt.generation.decoding import Decoding, Rules
 from backprompt.generation.found import Choice, Completion, Found
-from backprompt.generation.quick import first_of_largest
 from backprompt.generation.searches import Continuations, Search, Searches
 from backprompt.generation.stops import Watched
-from backprompt.logprobs import log_softmax
+from backprompt.logprobs import first_of_largest, log_softmax
 from backprompt.tokens.matching import Allowed, Matching
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from backprompt.evaluation.predictions import slices
 from backprompt.generation.constrained import AllowedTokens, allowed_rows
 from backprompt.generation.decoding import Rules, TextDecoding
 from backprompt.generation.found import Choice, Completion
-from backprompt.generation.quick import first_of_largest, quickly_processed
-from backprompt.logprobs import log_softmax
+from backprompt.generation.quick import quickly_processed
+from backprompt.logprobs import first_of_largest, log_softmax
 from backprompt.tokens.matching import Allowed
 
 NOISE_BYTES = 4 << 20
@@ -87,12 +87,24 @@ class Ruled(Protocol):
         ...
 
 
+Columns: TypeAlias = "Sequence[Sequence[float]]"
+"""The results of `choices_of` on the host: five columns, one number a text each."""
+
+
 @dataclass(frozen=True)
 class Logits:
-    """Rows of logits, in slices as the head computed them: `(slice_rows, vocab)` each, the last one maybe shorter."""
+    """Rows of logits, in slices as the head computed them: `(slice_rows, vocab)` each, the last one maybe shorter.
+
+    Attributes:
+        slices, slice_rows: see above.
+        chosen: the results of `choices_of` for all rows, where tokens are chosen already: those of all texts if there
+            are no slices, else those of texts that take their most probable token.
+
+    """
 
     slices: Sequence[Tensor]
     slice_rows: int
+    chosen: Columns | None = None
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """Return these rows, `(rows, vocab)`; a whole slice is not copied."""
@@ -144,13 +156,17 @@ def _add(texts: list[tuple[TextDecoding, int]], logits: Logits) -> None:
 def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choice]:
     """Return the choice for each text by its row of the logits."""
     is_drawn = texts[0][0].is_drawn
-    found = []
-    for group in slices(texts, logits.slice_rows):
-        own = logits.of([row for _, row in group])
-        for text, _ in group:
-            text.begin(own.device)
-        found.append(_found([text for text, _ in group], own))
-    token_ids, logprobs, are_argmax, constrained, best = torch.cat(found, dim=1).tolist()
+    if logits.chosen is not None and (not logits.slices or texts[0][0].takes_most_probable):
+        columns: Columns = [[column[row] for _, row in texts] for column in logits.chosen]
+    else:
+        parts = []
+        for group in slices(texts, logits.slice_rows):
+            own = logits.of([row for _, row in group])
+            for text, _ in group:
+                text.begin(own.device)
+            parts.append(choices_of([text for text, _ in group], own))
+        columns = torch.cat(parts, dim=1).tolist()
+    token_ids, logprobs, are_argmax, constrained, best = columns
     check_best(best, is_drawn=is_drawn)
     return [
         Choice(int(token_id), logprob, bool(is_argmax), among_allowed)
@@ -160,8 +176,13 @@ def _choices(texts: list[tuple[TextDecoding, int]], logits: Logits) -> list[Choi
     ]
 
 
-def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
-    """Return the choice in each row, and the best score of the row, `(5, texts)`.
+def needs_only_scores(text: TextDecoding) -> bool:
+    """Whether the next token can be chosen by a row of logits and the number of ids, without the ids themselves."""
+    return text.has_begun and all(type(processor) in _LOOKS_AT for processor in text.rules.processors)
+
+
+def choices_of(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
+    """Return the choice in each row, and the best score of the row, `(5, texts)`, on the device of the logits.
 
     The first four are the fields of `Choice`. The dtype is that of log-probabilities, which can hold all ids of a
     vocabulary: float32 holds those below 2**24.
@@ -177,8 +198,8 @@ def _found(texts: Sequence[TextDecoding], logits: Tensor) -> Tensor:
     logprobs = log_softmax(logits).gather(1, chosen[:, None])[:, 0]
     constrained = constrained_logprobs(logits, allowed)
     among_allowed = logprobs if constrained is None else constrained.gather(1, chosen[:, None])[:, 0]
-    found = (chosen, logprobs, chosen == most_probable, among_allowed, scores.amax(dim=-1))
-    return torch.stack([values.to(logprobs.dtype) for values in found])
+    results = (chosen, logprobs, chosen == most_probable, among_allowed, scores.amax(dim=-1))
+    return torch.stack([values.to(logprobs.dtype) for values in results])
 
 
 def constrained_logprobs(logits: Tensor, allowed: Tensor | None) -> Tensor | None:
@@ -205,7 +226,11 @@ def processed(texts: Sequence[Ruled], scores: Tensor, allowed: Tensor | None) ->
             scores = scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
             continue
         for group in _alike(same_place, num_ids):
-            ids, processor = texts[group[0]].ids(), same_place[group[0]]
+            processor = same_place[group[0]]
+            if type(processor) in _LOOKS_AT:
+                ids = torch.zeros((1, 1), dtype=torch.long).expand(1, num_ids[group[0]])  # only their number counts
+            else:
+                ids = texts[group[0]].ids()
             if len(group) == len(texts):
                 scores = quickly_processed(processor, ids, scores)
             elif len(group) == 1:

@@ -246,7 +246,7 @@ class Decoding:
         num_new: int,
         *,
         is_stopped: bool,
-        is_over: Callable[[], bool],
+        is_over: Callable[[], bool] | None,
     ) -> FinishReason | None:
         """Return the reason for which a text with `num_new` added tokens is finished, or None.
 
@@ -256,16 +256,17 @@ class Decoding:
             last_id: the last id.
             num_new: the number of added ids.
             is_stopped: whether a stop string ends the text.
-            is_over: returns whether the text's constraint allows no further token.
+            is_over: returns whether the text's constraint allows no further token; None without a constraint.
 
         """
         if is_stopped:
             return "stop"
         if last_id in self.end_ids:
             return "eos"
-        if is_over():
+        if is_over is not None and is_over():
             return "constraint"
-        met = [criterion for criterion in rules.other_criteria if bool(criterion(ids(), None).any())]
+        others = rules.other_criteria
+        met = [criterion for criterion in others if bool(criterion(ids(), None).any())] if others else []
         if not met:
             return "length" if num_new == self.max_new_tokens else None
         if any(isinstance(criterion, StopStringCriteria) for criterion in met):
@@ -324,11 +325,6 @@ class TextDecoding:
         return self._completion
 
     @property
-    def last(self) -> Choice:
-        """The last token added."""
-        return self._choices[-1]
-
-    @property
     def ahead(self) -> list[Completion]:
         """Continuations after which logits are needed next; each one comes later in the list than its beginnings."""
         return [self.completion, *self.proposals]
@@ -348,6 +344,16 @@ class TextDecoding:
         """The number of ids so far, the prompt included."""
         return len(self._prompt_ids) + len(self._choices)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token was chosen already, so that the rules are known."""
+        return self._device is not None
+
+    @property
+    def takes_most_probable(self) -> bool:
+        """Whether the next token is the most probable one, and no rule needs to see its logits."""
+        return self.has_begun and not (self.is_drawn or self.rules.processors)
+
     def begin(self, device: torch.device) -> None:
         """Make the rules and the generator on the device of the scores; later calls do nothing."""
         if self._device is None:
@@ -366,20 +372,24 @@ class TextDecoding:
             self._num_written = num_ids
         return self._ids[:, :num_ids]
 
+    def only_next(self, num_before: int) -> Choice | None:
+        """Return the token behind the first ones added; None if there is none, several, or proposals behind it."""
+        choices = self._choices
+        return choices[-1] if len(choices) == num_before + 1 and not self.proposals else None
+
     def add(self, choice: Choice) -> None:
         """Add a token, and note whether the text ends with it."""
-        self._choices.append(choice)
-        self._watched = self._decoding.stops.with_token(self._watched, choice.token_id)
-        self._finish_reason = self._decoding.reason(
-            self.rules,
-            self.ids,
-            choice.token_id,
-            self.num_new,
-            is_stopped=self._watched.is_stopped,
-            is_over=lambda: self._matching is not None and self._matching.is_over(self.completion),
+        choices, decoding = self._choices, self._decoding
+        choices.append(choice)
+        if decoding.stops.strings:
+            self._watched = decoding.stops.with_token(self._watched, choice.token_id)
+        is_stopped = self._watched.is_stopped
+        is_over = None if self._matching is None else self._is_over
+        self._finish_reason = decoding.reason(
+            self.rules, self.ids, choice.token_id, len(choices), is_stopped=is_stopped, is_over=is_over
         )
-        if self._watched.is_stopped:
-            self._cut = self._decoding.stops.cut(self._prompt_ids, self.completion)
+        if is_stopped:
+            self._cut = decoding.stops.cut(self._prompt_ids, self.completion)
 
     def look_ahead(self, num_rows: int, num_added: int) -> None:
         """Set `proposals` for the next pass; the last `num_rows` rows of logits gave `num_added` tokens."""
@@ -404,6 +414,10 @@ class TextDecoding:
     def found(self, num: int) -> list[Found]:
         """Return the continuation so far: always one, for any `num`."""
         return [Found(tuple(self._choices), self._finish_reason or "interrupted", self._cut)]
+
+    def _is_over(self) -> bool:
+        """Return whether the constraint allows no further token."""
+        return self._matching is not None and self._matching.is_over(self.completion)
 
     def _ids_from(self, start: int) -> list[int]:
         """Return the ids from index `start` on, the prompt included."""

@@ -57,9 +57,7 @@ class Live:
     def next_token(self) -> Choice | None:
         """The only token to forward next, behind the only held continuation; None if there is not one of each."""
         decoding = self.decoding
-        if self.tip is None or isinstance(decoding, BeamDecoding) or decoding.proposals:
-            return None
-        return decoding.last if decoding.num_new == self._num_held + 1 else None
+        return None if self.tip is None or isinstance(decoding, BeamDecoding) else decoding.only_next(self._num_held)
 
     def forwarded(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Return ids of the continuation under its adapter."""

@@ -36,13 +36,6 @@ def quickly_processed(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     return quick(processor, ids, scores)
 
 
-def first_of_largest(scores: Tensor) -> Tensor:
-    """Return `scores.argmax(dim=-1)`, the index of the first of equal scores."""
-    if scores.device.type != "cpu":
-        return scores.argmax(dim=-1)
-    return torch.from_numpy(scores.numpy().argmax(axis=-1))
-
-
 def _top_k(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     if not bool(scores.amax(dim=-1).isfinite().all()):  # nan is neither more nor less than a score
         found: Tensor = processor(ids, scores)

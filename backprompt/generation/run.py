@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from backprompt.evaluation.evaluator import Evaluator
 from backprompt.evaluation.reading import Wanted
 from backprompt.evaluation.scores import TokenScore
+from backprompt.evaluation.steps import Following
 from backprompt.forest.span import Span
 from backprompt.generation.advance import Advance, advance
 from backprompt.generation.beams import BeamDecoding, choose_beams
@@ -141,6 +142,14 @@ class Run:
         """The largest number of texts of the next step: the live ones, and those that may begin."""
         return min(MAX_LIVE_TEXTS, len(self.live) + len(self.prompts) - self._num_begun)
 
+    @property
+    def following(self) -> Following:
+        """The expected tokens behind the next ones of the live texts, of which there must be one."""
+        first, last = self.live[0].decoding, self.live[-1].decoding  # the first and the last one to begin
+        takes_most_probable = isinstance(first, TextDecoding) and first.takes_most_probable
+        is_last = last.num_new + 1 >= self.decoding.max_new_tokens
+        return Following(takes_most_probable, self._num_begun == len(self.prompts) and not is_last)
+
     def found(self, num_each: int = 1) -> list[list[Found]]:
         """Return the best continuations of each text so far; with beams, up to `num_each`."""
         return [decoding.found(num_each) for decoding in self._decodings]
@@ -180,7 +189,8 @@ class Run:
                     self._go_on(evaluator, found)
                 else:
                     grown = self._grow(evaluator)
-                    self._admit(evaluator)
+                    if self._num_begun < len(self.prompts):
+                        self._note_begun(evaluator.continuations.begin(self._next_prompts(evaluator)))
                     self._choose(evaluator)
                     self._settle(evaluator, grown)
             except BaseException:  # the evaluator ends the live texts once it has recovered
@@ -244,21 +254,20 @@ class Run:
 
     def _go_on(self, evaluator: Evaluator, found: Advance) -> None:
         """Continue the live texts from the ends that were found, and choose the next token of every live text."""
-        inserted: list[tuple[Span, Span, TokenScore]] = []  # the old and the new end, the score of the last token
-        for live, token, (end, stop) in zip(self.live, found.tokens, found.grown, strict=True):
-            before = live.tip
+        before = [live.tip for live in self.live]
+        for live, (end, stop) in zip(self.live, found.grown, strict=True):
             live.go_on(end, stop)
-            if found.are_inserted and live.tip is end and end.is_held(with_keys_values=True):
-                assert before is not None
-                inserted.append((before, end, token.score))
+        if found.are_inserted:
+            inserted = [  # the old and the new end, and the score of the last token
+                (old, end, token.score)
+                for live, old, token, (end, _) in zip(self.live, before, found.tokens, found.grown, strict=True)
+                if old is not None and live.tip is end and end.is_held(with_keys_values=True)
+            ]
+            ends = [end for _, end, _ in inserted]
+            scores: dict[Span, TokenScore] = {end: score for _, end, score in inserted}
+            evaluator.continuations.settle(ends, [old for old, _, _ in inserted], scores)
         self._note_begun(found.begun)
         self.is_advancing = False
-        if inserted:
-            evaluator.continuations.settle(
-                [end for _, end, _ in inserted],
-                [before for before, _, _ in inserted],
-                {end: score for _, end, score in inserted},
-            )
         rows = zip(self.live, found.rows, strict=True)
         texts = [(live.decoding, row) for live, row in rows if isinstance(live.decoding, TextDecoding)]
         choose_next(sorted(texts, key=itemgetter(1)), found.logits)  # rows in their order are not copied
@@ -277,11 +286,6 @@ class Run:
             for live, new in more.items():
                 live.hold({**live.ends, **new})
         return grown
-
-    def _admit(self, evaluator: Evaluator) -> None:
-        """Begin as many of the waiting texts as fit the room."""
-        if self._num_begun < len(self.prompts):
-            self._note_begun(evaluator.continuations.begin(self._next_prompts(evaluator)))
 
     def _note_begun(self, ends: Sequence[Span]) -> None:
         """Make the next waiting texts live; `ends` are the ends of their prompts."""

@@ -12,7 +12,7 @@ from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch import Tensor
 from backprompt.forest.span import Span
 from backprompt.logprobs import logprob_dtype
 from backprompt.memory.location import Location
-from backprompt.transfers import on_device
+from backprompt.transfers import index_on, on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
@@ -104,6 +104,7 @@ class Block(ABC):
         self.spans: dict[Span, None] = {}
         self.num_held = 0
         self.watch: Watch | None = None
+        self._addresses: npt.NDArray[np.int64] | None = None  # kept until the tensors are others
 
     def take(self, span: Span, num_rows: int) -> None:
         """Note that a span holds rows of the block. `num_rows`: the increase in the number of held rows."""
@@ -112,6 +113,10 @@ class Block(ABC):
             self.spans[span] = None
             if self.watch is not None:
                 self.watch.takers[span] = None
+
+    def take_more(self, num_rows: int) -> None:
+        """Note that spans which hold rows of the block hold more rows of it."""
+        self.num_held += num_rows
 
     def release(self, span: Span, num_rows: int) -> None:
         """Note that a span no longer holds its rows of the block."""
@@ -155,11 +160,13 @@ class Block(ABC):
 
     def keep(self, pieces: Sequence[slice]) -> None:
         """Keep only these rows, in this order. Tensors are copied one by one, and each old tensor is freed at once."""
+        self._addresses = None
         for name, tensor in self.tensors.items():
             self.tensors[name] = _picked(tensor, pieces, self.token_axis)
 
     def append(self, others: Sequence[Self]) -> None:
         """Append the rows of other blocks, in order. The blocks have this block's kind and location."""
+        self._addresses = None
         for name, tensor in self.tensors.items():
             self.tensors[name] = _side_by_side([tensor, *(other.tensors[name] for other in others)], self.token_axis)
 
@@ -232,16 +239,17 @@ class KeysValues(Block):
         """Return the keys and the values of each layer in turn."""
         return [self.tensors[name] for idx in range(self.num_layers) for name in layer_names(idx)]
 
-    def addresses(self) -> list[tuple[int, int, int]]:
-        """Return for each layer the addresses of its keys and of its values, and the stride between heads in elements.
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Return each layer's addresses of keys and of values, and the stride between heads in elements, `(layers, 3)`.
 
         The rows of a head are contiguous. The addresses are valid until the block changes or moves.
         """
-        tensors = self.in_order()
-        return [
-            (keys.data_ptr(), values.data_ptr(), keys.stride(0))
-            for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
-        ]
+        if self._addresses is None:
+            tensors = self.in_order()
+            pairs = zip(tensors[::2], tensors[1::2], strict=True)
+            found = [(keys.data_ptr(), values.data_ptr(), keys.stride(0)) for keys, values in pairs]
+            self._addresses = np.array(found, dtype=np.int64).reshape(-1, 3)
+        return self._addresses
 
 
 class States(Block):
@@ -297,14 +305,14 @@ class States(Block):
 
     def write_scores(self, rows: npt.NDArray[np.int64], logprobs: Tensor, is_argmax: Tensor) -> None:
         """Write `logprobs` and `is_argmax` of the rows with the indices `rows`; all three are `(rows,)`."""
-        indices = on_device(rows, self.logprobs.device)
+        indices = index_on(rows, self.logprobs.device)
         self.logprobs[indices] = logprobs
         self.is_argmax[indices] = is_argmax
         self.has_logprobs.numpy()[rows] = True
 
     def note_unpredicted(self, rows: npt.NDArray[np.int64]) -> None:
         """Set the log-probabilities of rows whose tokens no row predicts to NaN; see `write_scores`."""
-        self.logprobs[on_device(rows, self.logprobs.device)] = torch.nan
+        self.logprobs[index_on(rows, self.logprobs.device)] = torch.nan
         self.has_logprobs.numpy()[rows] = True
 
 
@@ -399,6 +407,12 @@ def states_of(span: Span) -> BlockRows[States]:
     rows = span.states
     assert isinstance(rows, BlockRows), span
     return rows
+
+
+def rows_of_each(spans: Sequence[Span]) -> tuple[list[BlockRows[KeysValues]], list[BlockRows[States]]]:
+    """Return the rows of the keys and values, and of the states, of spans that hold both; without a call for each."""
+    keys_values, states = [span.keys_values for span in spans], [span.states for span in spans]
+    return cast("list[BlockRows[KeysValues]]", keys_values), cast("list[BlockRows[States]]", states)
 
 
 def _picked(tensor: Tensor, pieces: Sequence[slice], axis: int) -> Tensor:

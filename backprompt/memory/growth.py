@@ -24,7 +24,16 @@ import numpy.typing as npt
 from backprompt.forest.forest import Forest
 from backprompt.forest.passes import num_tokens_of
 from backprompt.forest.span import Span
-from backprompt.memory.blocks import Block, BlockRows, KeysValues, States, copy_rows, keys_values_of, states_of
+from backprompt.memory.blocks import (
+    Block,
+    BlockRows,
+    KeysValues,
+    States,
+    copy_rows,
+    keys_values_of,
+    rows_of_each,
+    states_of,
+)
 from backprompt.memory.places import Places
 from backprompt.transfers import on_device
 
@@ -95,6 +104,9 @@ class NewRows:
         self.states.copy_rows_to(states, sources, targets)
 
 
+_Taking: TypeAlias = "tuple[Span, int, int, BlockRows[KeysValues], BlockRows[States]]"
+"""A span, the token that it takes in, the token's row in the blocks of the pass, and the span's rows so far."""
+
 _Copy: TypeAlias = "tuple[BlockRows[Any], Block, int]"
 """Rows to copy, the target block, and their start row there."""
 
@@ -155,9 +167,12 @@ class Growth:
     def places(self, ends: Sequence[Span]) -> Places:
         """Return the places of the next rows of spans; there must be room behind each span."""
         idx_of: dict[tuple[KeysValues, States], int] = {}
-        block_idx = [idx_of.setdefault((keys_values_of(end).block, states_of(end).block), len(idx_of)) for end in ends]
-        target_rows = [keys_values_of(end).stop for end in ends]
-        return Places(list(idx_of), np.array(block_idx), np.array(target_rows))
+        keys_values, states = rows_of_each(ends)
+        block_idx = [
+            idx_of.setdefault((rows.block, others.block), len(idx_of))
+            for rows, others in zip(keys_values, states, strict=True)
+        ]
+        return Places(list(idx_of), np.array(block_idx), np.array([rows.stop for rows in keys_values]))
 
     def extend(self, ends: Sequence[Span], token_ids: Sequence[int], new: NewRows) -> None:
         """Add a token to each span; there must be room behind each span.
@@ -168,18 +183,25 @@ class Growth:
             new: the rows of the tokens, in the order of `ends`.
 
         """
-        held = list(map(_Held.of, ends))
-        by_block: dict[tuple[KeysValues, States], list[int]] = {}
-        for idx, (keys_values, states) in enumerate(held):
-            by_block.setdefault((keys_values.block, states.block), []).append(idx)
-        for blocks, indices in by_block.items():
-            targets = np.array([held[idx].keys_values.stop for idx in indices])
-            new.copy_to(*blocks, np.array([new.rows[idx] for idx in indices]), targets)
+        by_block: dict[tuple[KeysValues, States], list[_Taking]] = {}
+        for taking in zip(ends, token_ids, new.rows, *rows_of_each(ends), strict=True):
+            by_block.setdefault((taking[3].block, taking[4].block), []).append(taking)
+        for blocks, takings in by_block.items():
+            targets = np.array([keys_values.stop for _, _, _, keys_values, _ in takings])
+            new.copy_to(*blocks, np.array([row for _, _, row, _, _ in takings]), targets)
         with self._forest.changing():
-            for (own_keys_values, _), indices in by_block.items():
-                room = self._buffers[own_keys_values].room
-                for idx in indices:
-                    _take_in(ends[idx], token_ids[idx], held[idx], room)
+            for (block, states_block), takings in by_block.items():
+                room = self._buffers[block].room
+                for end, token_id, _, keys_values, states in takings:
+                    stop = keys_values.stop
+                    room[stop + 1] = room.pop(stop)
+                    end.take_in(
+                        token_id,
+                        BlockRows(block, keys_values.start, stop + 1),
+                        BlockRows(states_block, states.start, states.stop + 1),
+                    )
+                block.take_more(len(takings))
+                states_block.take_more(len(takings))
 
     def release(self, spans: Iterable[Span]) -> list[Block]:
         """Move the parents of spans out of blocks that are mostly unused; return the new blocks, one of each kind.
@@ -196,7 +218,10 @@ class Growth:
 
         Other texts may have split the text meanwhile, so all its spans are checked.
         """
-        return [block for part in span.path() for block in self._move_out(part)]
+        path = span.path()
+        for part in path:
+            part.token_ids = tuple(part.token_ids)
+        return [block for part in path for block in self._move_out(part)]
 
     def _has_room(self, upper: Span, num_tokens: int) -> bool:
         """Whether there is room for more tokens behind the rows of a span."""
@@ -290,18 +315,6 @@ class Growth:
     def _is_shared(self, block: Block, span: Span) -> bool:
         """Whether a block of a span has rows of other texts, or free room."""
         return block in self._mixed and block.num_rows > len(span.token_ids)
-
-
-def _take_in(end: Span, token_id: int, held: _Held, room: dict[int, int]) -> None:
-    """Add to a span a token whose rows lie right behind the span's own rows, `held`; `room`: see `_Buffer`."""
-    keys_values, states = held
-    room[keys_values.stop + 1] = room.pop(keys_values.stop)
-    end.token_ids = (*end.token_ids, token_id)
-    end.key = None
-    end.place(
-        keys_values=BlockRows(keys_values.block, keys_values.start, keys_values.stop + 1),
-        states=BlockRows(states.block, states.start, states.stop + 1),
-    )
 
 
 def takes_tokens_in(span: Span) -> bool:

@@ -37,9 +37,12 @@ from backprompt.model import skeleton, spread
 from backprompt.model.adapters import AdaptedLayers, SegmentAdapters
 from backprompt.model.cache_form import Body
 from backprompt.model.caches import Form, dynamic_cache, form_of_cache
+from backprompt.model.forwarded import Computed, Forwarded
 from backprompt.model.fusion import fusion_for
-from backprompt.model.in_flight import Computed, Forwarded, InFlight, Way, no_layers_error, run_body
+from backprompt.model.graphs import Step
+from backprompt.model.in_flight import InFlight, no_layers_error, run_body
 from backprompt.model.int8 import speed_up_int8
+from backprompt.model.lean import make_lean
 from backprompt.model.levels import NO_ATTENTION, Levels
 from backprompt.model.limits import limits_of
 from backprompt.model.linear import speed_up
@@ -48,7 +51,7 @@ from backprompt.model.padded import pad_head
 from backprompt.model.pass_size import tokens_per_forward
 from backprompt.model.quantized import copied_bytes, weight_bytes
 from backprompt.model.steps import CapturedSteps, captured_steps
-from backprompt.model.surroundings import plain_surroundings
+from backprompt.model.surroundings import out_of_inference_mode, plain_surroundings, set_gradients
 from backprompt.tokens.adapted import Ints, are_plain, number_of, numbers_in, plain_array
 from backprompt.transfers import on_device
 
@@ -128,7 +131,7 @@ class Executor:
         self.may_stop = not spread.is_spread(model)
         """Whether a call of the body may be left in the middle: hooks that move weights must run to their end."""
         if not spread.is_spread(model):  # hooks move weights between steps
-            self.steps = captured_steps(self._body, self._attention)
+            self.steps = captured_steps(self._body, self._head, self._attention)
         _register(self._name, self)
 
     def _take(self, body: nn.Module) -> None:
@@ -140,6 +143,9 @@ class Executor:
             linears = speed_up((self._body, self._head), pack=self._packs_weights)
             linears = speed_up_int8((self._body, self._head), linears)
             linears = pad_head(self._head, self._model, linears)
+        if not spread.is_spread(self._model):  # the hooks of accelerate write to the tables of weights
+            for private in (self._body, self._head):
+                make_lean(private)
         copied = linears.packed_bytes + copied_bytes(self._body) + copied_bytes(self._head)
         self.linears = replace(linears, packed_bytes=copied)
         self.weight_bytes = weight_bytes(self._model)
@@ -205,19 +211,22 @@ class Executor:
         """Return the attention of several steps of a generation; see `ForestAttention.prepare`."""
         return NO_ATTENTION if self.levels is not None else self._attention.prepare(pass_, num_steps)
 
-    def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places]) -> Forwarded:
+    def step(self, pass_: Pass, attention: PreparedAttention, places: Callable[[], Places | None]) -> Forwarded:
         """Forward one token for each of several texts, by a captured graph where there is one: see steps.py.
 
-        The next step overwrites the results. `places`: returns the places to which they go.
+        Args:
+            pass_: the tokens.
+            attention: the prepared attention.
+            places: returns the places to which the results go; then the next step overwrites the results here. It
+                returns None if the caller keeps the results here.
+
         """
         if self.steps is None or not are_plain(pass_.token_ids):  # a graph has all rows under the active adapters
             return self.forward(pass_, attention)
         self.limits.check_placeholders(pass_.token_ids)
-        replayed = self.steps.step(self.run, pass_, attention, places())
-        if replayed is None:
-            return self.forward(pass_, attention)
-        way: Way = "recorded" if replayed.is_first else "replayed"
-        return Forwarded(replayed.keys_values, replayed.hidden, replayed.is_finite, replayed.are_placed, way)
+        step = Step(list(pass_.token_ids), pass_.positions, places())
+        launched = self.steps.launch(self, step, attention)
+        return self.forward(pass_, attention) if launched is None else Forwarded.of(launched)
 
     def forward(self, pass_: Pass, attention: PreparedAttention | None = None) -> Forwarded:
         """Forward all tokens of a pass; `attention`: the prepared attention, if there is one.
@@ -230,7 +239,8 @@ class Executor:
 
         """
         ids = np.array(pass_.token_ids, dtype=np.int64)
-        self.limits.check_placeholders(plain_array(ids).tolist())
+        if self.limits.placeholders:
+            self.limits.check_placeholders(plain_array(ids).tolist())
         try:
             return self._forward(pass_, ids, attention)
         except torch.OutOfMemoryError:
@@ -247,7 +257,8 @@ class Executor:
         with self._adapted.under(number_of(ids)):
             inputs = _inputs(ids, positions, self._input_device)
             in_flight, hidden = self.run(inputs, prepared, max(positions), in_inference_mode=True)
-        are_finite = hidden.isfinite().all() & in_flight.copies.are_finite().to(hidden.device)
+        in_flight.copies.check(hidden)
+        are_finite = in_flight.copies.are_finite()
         return Forwarded(KeysValues.of(in_flight.keys, in_flight.values), hidden, are_finite)
 
     def observe(self, token_ids: Sequence[int], positions: Sequence[int], attention: PackedMaps) -> None:
@@ -286,6 +297,7 @@ class Executor:
         in_flight = self._in_flight = InFlight(
             attention=attention, copies=self._make_copies(), model_name=self._model_name, max_position=max_position
         )
+        kernel_before = self.kernel_name
         try:
             with torch.inference_mode() if in_inference_mode else nullcontext():  # False would turn gradients on
                 hidden = run_body(self._body, inputs)
@@ -293,6 +305,8 @@ class Executor:
             self._in_flight = None
         if not in_flight.keys:
             raise no_layers_error(self._model_name)
+        if self.kernel_name != kernel_before:
+            logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return in_flight, hidden.clone() if hidden.device == self.device else hidden.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -369,14 +383,11 @@ class Executor:
         assert in_flight is not None, "attention outside of Executor.forward"
         scoring = in_flight.scoring(query, attention_mask, **keywords)
         query = query[0]
-        with torch.inference_mode(False):  # keys and values that are kept are plain tensors
-            torch._C._set_grad_enabled(False)  # for as long as this context lasts
+        with out_of_inference_mode():  # keys and values that are kept are plain tensors
+            set_gradients(False)  # for as long as this context lasts
             copies = in_flight.copies.of(query, key[0], value[0])
             layer_idx = in_flight.add_layer(*copies)
-            kernel_before = self.kernel_name
             output = in_flight.attention.attend(layer_idx, query, *copies, scoring)
-        if self.kernel_name != kernel_before:
-            logger.info("Attention of %s runs on the kernel %s.", self._model_name, self.kernel_name)
         return output[None], None
 
     def mark_mask(self, *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **keywords: object) -> Tensor:

@@ -152,11 +152,11 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float, adds_one: bool, casts_fir
     """Return `rows / rms(rows) * weight` in one launch; see `_WAYS`."""
     rows, weight = rows.contiguous(), weight.contiguous()
     output = torch.empty_like(rows)
-    num_rows = rows.numel() // len(weight)
+    size = weight.shape[0]
+    num_rows = rows.numel() // size
     if num_rows:
-        launcher, rows_a_program = _norm_launcher(len(weight), rows.dtype, rows.device, adds_one, casts_first)
-        with on_device(rows.device):
-            launcher.launch(-(-num_rows // rows_a_program), (rows, weight, output), (), (num_rows, eps))
+        launcher, rows_a_program = _norm_launcher(size, rows.dtype, rows.device, adds_one, casts_first)
+        launcher.launch(-(-num_rows // rows_a_program), (rows, weight, output), (), (num_rows, eps))
     return output
 
 
@@ -212,9 +212,8 @@ def silu_product(gates: Tensor, numbers: Tensor) -> Tensor:
     output = torch.empty_like(gates)
     count = gates.numel()
     if count:
-        with on_device(gates.device):
-            programs = -(-count // _PROGRAM_NUMBERS)
-            _gate_launcher(gates.dtype, gates.device).launch(programs, (gates, numbers, output), (), (count,))
+        programs = -(-count // _PROGRAM_NUMBERS)
+        _gate_launcher(gates.dtype, gates.device).launch(programs, (gates, numbers, output), (), (count,))
     return output
 
 
@@ -283,13 +282,12 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     """Return queries and keys `(1, heads, tokens, size)`, rotated in one launch; any strides, except along `size`."""
     _, heads, num_tokens, size = query.shape
     kv_heads = key.shape[1]
-    outputs = tuple(torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (query, key))
+    outputs = [torch.empty_like(one, memory_format=torch.contiguous_format) for one in (query, key)]
     if num_tokens:
         launcher, tokens = _rotation_launcher(heads, kv_heads, size, query.dtype, query.device)
         tensors = query, key, cos.contiguous(), sin.contiguous(), *outputs
         strides = query.stride(1), query.stride(2), key.stride(1), key.stride(2)
-        with on_device(query.device):
-            launcher.launch(-(-num_tokens // tokens) * (heads + kv_heads), tensors, strides, (num_tokens,))
+        launcher.launch(-(-num_tokens // tokens) * (heads + kv_heads), tensors, strides, (num_tokens,))
     return outputs[0], outputs[1]
 
 

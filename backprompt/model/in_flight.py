@@ -1,11 +1,10 @@
-"""The state of one forward call of a model's body: its masks, its keys and values so far, and the results of a pass."""
+"""The state of one forward call of a model's body: its masks, and its keys and values so far."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,8 @@ from torch import Tensor, nn
 from backprompt.attention.base import PreparedAttention, Scoring, StandingAttention
 from backprompt.attention.copies import Copies
 from backprompt.errors import UnsupportedModelError
-from backprompt.forest.span import Span
-from backprompt.memory.blocks import BlockRows, KeysValues, States
 from backprompt.model.families import are_all_keys
 from backprompt.model.masks import Mask, Unknown
-
-Way: TypeAlias = Literal["replayed", "recorded", "plain"]
-"""The way in which a step of a generation was computed: by a graph, by the first run of a graph, or without a graph."""
 
 # Keywords that models pass along and packed attention can ignore. Other keywords that are not None are refused by name.
 _MEANINGLESS_KEYWORDS = frozenset(
@@ -194,73 +188,3 @@ def no_layers_error(model_name: str) -> UnsupportedModelError:
         f"{model_name} does not go through transformers' attention interface, so its attention cannot be "
         "packed. Use a family that does (GPT-2, Llama, Qwen, Mistral, Gemma, GPT-NeoX, OPT, Phi, OLMo ...)."
     )
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of a pass in addition to its own tokens.
-
-    Attributes:
-        num_calls: the calls of the model's body.
-        num_again: tokens that were forwarded again, for states that were not kept; see levels.py.
-        restored: the states that were computed again, as snapshots of the spans that hold their other rows.
-
-    """
-
-    num_calls: int = 1
-    num_again: int = 0
-    restored: Mapping[Span, Tensor] = field(default_factory=dict)
-
-
-ONE_CALL = Work()
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """The output of a pass, on which the device may still work.
-
-    Attributes:
-        keys_values: the keys and values.
-        hidden: the final hidden states, `(tokens, hidden)`.
-        are_finite: whether all numbers are finite, `()`.
-        are_placed: whether keys, values and hidden states were copied to their places, see `Executor.step`.
-        way: the way in which a step was computed.
-        work: the additional work.
-
-    """
-
-    keys_values: KeysValues
-    hidden: Tensor
-    are_finite: Tensor
-    are_placed: bool = False
-    way: Way = "plain"
-    work: Work = ONE_CALL
-
-    @cached_property
-    def is_finite(self) -> bool:
-        """Whether all numbers are finite; the first look waits for the device."""
-        return bool(self.are_finite)
-
-
-@dataclass(frozen=True)
-class Computed:
-    """The results of a pass, which no span holds yet.
-
-    Attributes:
-        keys_values: the keys and values of all spans.
-        states: the states of the spans that held none; None if all spans did.
-        keys_values_of, states_of: the rows of each span.
-        work: the additional work.
-
-    """
-
-    keys_values: KeysValues
-    states: States | None
-    keys_values_of: Mapping[Span, BlockRows[KeysValues]]
-    states_of: Mapping[Span, BlockRows[States]]
-    work: Work
-
-    def place(self) -> None:
-        """Hand the results to the spans."""
-        for span, keys_values in self.keys_values_of.items():
-            span.place(keys_values=keys_values, states=self.states_of.get(span))

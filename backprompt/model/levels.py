@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from backprompt.attention.base import Scoring
+from backprompt.attention.copies import all_finite
 from backprompt.errors import UnsupportedModelError
 from backprompt.forest.fan import Fan
 from backprompt.forest.plan import Pass
@@ -35,7 +36,7 @@ from backprompt.memory.blocks import BlockRows, KeysValues, keys_values_of, laye
 from backprompt.memory.budget import free_bytes
 from backprompt.memory.snapshots import KeysValuesAndSnapshots, snapshot_of
 from backprompt.model.cache_form import KEYS_VALUES_NAMES, Body, CacheForm
-from backprompt.model.in_flight import Forwarded, Work
+from backprompt.model.forwarded import Forwarded, Work
 
 MAX_CACHE_BYTES = 256 << 20
 """The largest number of bytes for the caches of a call, unless the cache of a single text is larger."""
@@ -236,9 +237,7 @@ class _LevelsOfPass:
         self._take_snapshots()
         self._keep_snapshots()
         assert self._hidden is not None
-        are_finite = torch.stack(
-            [tensor.isfinite().all() for tensor in (self._hidden, *self._block.tensors.values())]
-        ).all()
+        are_finite = all_finite([self._hidden, *self._block.tensors.values()])
         num_again = sum(len(run.token_ids) for run in self._again.values())
         restored = {span: run.snapshot.clone() for span, run in self._again.items() if run.snapshot is not None}
         return Forwarded(self._block, self._hidden, are_finite, work=Work(self._num_calls, num_again, restored))
@@ -256,7 +255,7 @@ class _LevelsOfPass:
                 before = run_of.get(part.parent) or self._lost(part.parent)
                 own: BlockRows[KeysValues] = BlockRows(self._block, start, start + len(part.token_ids))
                 run = _Run(
-                    part.token_ids,
+                    tuple(part.token_ids),
                     part.position,
                     before,
                     self._pieces_up_to(part.parent, run_of),

@@ -35,7 +35,8 @@ from backprompt.logprobs import are_distributions
 from backprompt.memory.blocks import gather, states_of
 from backprompt.model import skeleton
 from backprompt.model.executor import Executor
-from backprompt.model.in_flight import Computed, is_about_marker
+from backprompt.model.forwarded import Computed
+from backprompt.model.in_flight import is_about_marker
 from backprompt.model.levels import Levels
 from backprompt.model.levels_probe import ways_by_levels
 from backprompt.model.limits import Limits

@@ -28,6 +28,8 @@ class Output:
         keys_values: the keys and values of all rows.
         is_finite: 1 if the step's own rows, and the rows that were placed, are finite, `()`, int32.
         in_flight: the state of the forward call that was recorded.
+        logits: the logits behind each row, `(rows, vocab)`; None where the head is not part of the step.
+        report: the numbers for the host, `(numbers, rows)`; see report.py.
 
     """
 
@@ -35,6 +37,8 @@ class Output:
     keys_values: KeysValues
     is_finite: Tensor
     in_flight: InFlight
+    logits: Tensor | None
+    report: Tensor
 
     def sources(self) -> npt.NDArray[np.int64]:
         """Return the addresses of the tensors that are copied to places, in the order of `Places.addresses`."""

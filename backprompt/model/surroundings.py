@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 
 set_gradients: Callable[[bool], None] = torch._C._set_grad_enabled
 """Sets whether operations are recorded for gradients; `torch.no_grad` takes longer than everything else here."""
+
+out_of_inference_mode: Callable[[], AbstractContextManager[None]] = partial(torch._C._InferenceMode, False)
+"""Returns a context outside of inference mode, with gradients; `torch.inference_mode(False)` takes twice as long."""
 
 _num_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 """The number of modes of torch functions that the caller is in. A default device is one; a query of it is slow."""

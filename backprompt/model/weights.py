@@ -130,6 +130,13 @@ class WeightsMonitor:
             or (bool(self._unversioned) and _sums(self._unversioned) != self._sums)
         )
 
+    def look(self) -> Tensor | None:
+        """Return whether the sample is the same as at construction, `()`, bool, without waiting for the device.
+
+        None if only the host can tell.
+        """
+        return None if self._unversioned else self._sample.look()
+
     def has_moved(self) -> bool:
         """Return whether parts, versions or adapters have changed. No number is read, so no device is waited for."""
         return (
@@ -203,6 +210,12 @@ class _Sample:
         return self._take_bytes() != self._bytes or (
             bool(self._views) and not all(map(torch.equal, self._take_elsewhere(), self._elsewhere))
         )
+
+    def look(self) -> Tensor | None:
+        """Return whether all elements are the same, `()`, bool; None unless all of them lie on one other device."""
+        if self._scattered or len(self._elsewhere) != 1:
+            return None
+        return (self._take_elsewhere()[0] == self._elsewhere[0]).all()
 
     def _take_bytes(self) -> bytes:
         return b"".join([scattered.read() for scattered in self._scattered])

@@ -6,7 +6,7 @@ checkpoint that remembers that hash between processes. Each state of the weights
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from backprompt.errors import StaleRepresentationError
 from backprompt.evaluation.span_keys import Root
@@ -74,6 +74,10 @@ class Fingerprint:
     def has_moved(self) -> bool:
         """Return whether weights have changed, without reading their numbers, which would wait for a device."""
         return self._monitor.has_moved()
+
+    def look(self) -> Tensor | None:
+        """Return whether sampled numbers of the weights are the same, `()`, bool; see `WeightsMonitor.look`."""
+        return self._monitor.look()
 
     def root(self, *, in_store: bool = False) -> Root:
         """Return the root of all keys; with `in_store`, the root for results that the store may have made inexact.

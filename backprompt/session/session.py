@@ -373,6 +373,8 @@ class Session(TextSession):
             root = partial(fingerprint.root, in_store=True)
             archive = Archive(self.store, root, fingerprint.has_changed, decode)
         executor = Executor(model, decode, pack_weights=self.options.pack_weights)
+        if executor.steps is not None:
+            executor.steps.look = fingerprint.look
         order = GreedyDual(executor.hidden_size)
         here = Location(executor.device, device_of=executor.device_of)
         host = HostMemory(self._budgets.host, order.rank, pinned, here)
@@ -380,6 +382,7 @@ class Session(TextSession):
             Means(
                 model=model,
                 has_changed=fingerprint.has_changed,
+                has_moved=fingerprint.has_moved,
                 executor=executor,
                 memory=Memory(self._budgets.device, order, host),
                 pools=Pools(MAX_RESULT_BYTES),

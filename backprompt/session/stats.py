@@ -19,6 +19,8 @@ class Stats:
         tokens_computed: tokens forwarded through the model.
         tokens_recomputed: the computed tokens that had been forwarded before: they were evicted, or are rows of
             attention maps.
+        tokens_dropped: tokens that CUDA graphs have forwarded ahead of a step of a generation, behind texts that then
+            ended or went on otherwise; they are in no other count.
         tokens_fetched: tokens whose states, or keys and values, moved back from the second pool to the device.
         tokens_loaded: tokens whose states came from the store.
         tokens_reused: requested minus forwarded tokens: cached, shared, or scored without being forwarded.
@@ -49,6 +51,7 @@ class Stats:
     tokens_requested: int
     tokens_computed: int
     tokens_recomputed: int
+    tokens_dropped: int
     tokens_fetched: int
     tokens_loaded: int
     tokens_reused: int
@@ -82,6 +85,7 @@ def stats_of(counters: Counters, evaluator: Evaluator) -> Stats:
         tokens_requested=counters.tokens_requested,
         tokens_computed=counters.tokens_computed,
         tokens_recomputed=counters.tokens_recomputed,
+        tokens_dropped=counters.tokens_dropped,
         tokens_fetched=counters.tokens_fetched,
         tokens_loaded=counters.tokens_loaded,
         tokens_reused=counters.tokens_requested - counters.tokens_computed,

@@ -153,6 +153,8 @@ def _first_scored(session: TextSession, texts: Sequence[Text], starts: Sequence[
 
     """
     session.current()
+    if all(map(is_int, starts)):
+        return [int(start) for start in starts if not isinstance(start, Text)]
     beginnings = list(dict.fromkeys(start for start in starts if isinstance(start, Text)))
     with lazily():
         bound = [Text("", texts[0].lm) + start for start in beginnings]

@@ -204,7 +204,7 @@ def _runs(parts: Iterable[Part]) -> Iterator[tuple[int, ...]]:
                 yield from _runs(branch.parts)
 
 
-def common_length(own: tuple[int, ...], ids: tuple[int, ...], offset: int) -> int:
+def common_length(own: Sequence[int], ids: Sequence[int], offset: int) -> int:
     """Return the length of the common beginning of `own` and of `ids` from `offset` on."""
     window = ids[offset : offset + len(own)]
     if window == own:
