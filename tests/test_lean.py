@@ -114,19 +114,43 @@ def test_linear_layers_of_gpt2_multiply_in_the_same_order(num_rows, dtype):
         assert all(map(torch.equal, map(private, given), expected))
 
 
-def test_a_class_without_subclasses_is_kept():
-    class Final(nn.Linear):
+def test_a_copy_with_other_code_stays_as_it_is():
+    """Such code may do something when its class gets a subclass, or compare classes."""
+
+    class Own(nn.Linear):
         def __init_subclass__(cls, *, reason):
             raise AssertionError(reason)
 
-        def forward(self, rows):
-            return 2 * super().forward(rows)
-
-    private = nn.Sequential(Final(3, 2))
-    expected = private(torch.ones(3))
+    private = nn.Sequential(Own(3, 2), nn.LayerNorm(2))
     make_lean(private)
-    assert type(private[0]) is Final
-    assert torch.equal(private(torch.ones(3)), expected)
+    assert list(map(type, private)) == [Own, nn.LayerNorm]
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Dropout, Conv1D])
+def test_a_forward_that_a_replaced_call_would_miss_is_used(kind, monkeypatch):
+    private = lean_copy(build("gpt2").eval())
+    expected = private(input_ids=IDS).logits
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *given, **named: 2 * forward(self, *given, **named))
+    assert not torch.equal(private(input_ids=IDS).logits, expected)
+
+
+def test_a_hook_for_all_modules_is_called():
+    private, called = lean_copy(build("gpt2")), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *given: called.append(type(module).__name__))
+    try:
+        private(input_ids=IDS)
+    finally:
+        handle.remove()
+    assert {"GPT2MLP", "LayerNorm", "Conv1D", "Dropout"} <= set(called)
+
+
+def test_calls_take_the_names_of_arguments():
+    private = nn.Sequential(nn.Dropout(0.5), nn.LayerNorm(4), Conv1D(2, 4)).eval()
+    rows = torch.ones((1, 3, 4))
+    expected = [private[0](input=rows), private[1](input=rows), private[2](x=rows)]
+    make_lean(private)
+    assert all(map(torch.equal, [private[0](input=rows), private[1](input=rows), private[2](x=rows)], expected))
 
 
 def test_dropout_drops_in_training():

@@ -604,3 +604,19 @@ def test_of_equals_the_first_is_chosen(tokenizer):
         for search in ("exhaustive", "best-first"):
             assert predict("The cat", order, lm, search=search) == order[0]
         assert select(Text("The cat", lm), order).option == order[0]
+
+
+class HeadThatWrites(torch.nn.Linear):
+    """Scales its input in place."""
+
+    def forward(self, rows):
+        return super().forward(rows.mul_(1.5))
+
+
+def test_a_head_that_writes_to_its_input_changes_no_held_state(tokenizer):
+    model = on_test_device(FAMILIES["llama"]())
+    model.lm_head.__class__ = HeadThatWrites
+    lm = LM(model, tokenizer)
+    text = Text("The cat sat on the mat", lm)
+    assert_close(lm.token_logprobs([text])[0], plain_token_logprobs(model, text.tokens))
+    assert_close(text.model_repr.all_logits(), plain_logits(model, text.tokens))

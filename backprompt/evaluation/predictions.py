@@ -65,9 +65,14 @@ class NumberedRows:
                 yield block, numbers[start:stop] - first, slice(start, stop)
 
     def hidden(self, numbers: Ints) -> Tensor:
-        """Return the hidden states of rows, given in ascending order, `(rows, hidden)`; consecutive rows are a view."""
-        parts = [block.hidden[index_on(rows, block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """Return a copy of the hidden states of rows, `(rows, hidden)`, to which a head may write.
+
+        `numbers`: the rows in ascending order.
+        """
+        indices = [(block, index_on(rows, block.hidden.device)) for block, rows, _ in self.by_block(numbers)]
+        parts = [block.hidden[index] for block, index in indices]
+        is_view = len(parts) == 1 and isinstance(indices[0][1], slice)
+        return parts[0].clone() if is_view else torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def write(self, numbers: Ints, scores: TokenScores) -> None:
         """Write the scores of the rows with these distinct numbers into their blocks; candidates are left out."""

@@ -256,7 +256,8 @@ class Graph:
         def compute() -> Output:
             in_flight, hidden = model.run(rows[:2], self._standing, max_position)
             is_finite = (hidden.isfinite().all(dim=1) | (rows[2] > 0)).all() & in_flight.copies.are_finite()
-            logits = model.logits(hidden) if self._num_rows <= model.rows_in_a_slice else None
+            is_scored = self._num_rows <= model.rows_in_a_slice
+            logits = model.logits(hidden.clone()) if is_scored else None  # a head may write to its input
             report = report_tensor(hidden, look(), logits)
             keys_values = KeysValues.of(in_flight.keys, in_flight.values)
             return Output(hidden, keys_values, is_finite.int(), in_flight, logits, report)

@@ -5,31 +5,42 @@ layers that takes as long as the operations. In a private copy nobody registers 
 `forward` at once, and children and weights are found among the module's own attributes. Dropout, norms and GPT-2's
 linear layers make at most one call of torch, and a part of a list of layers is a plain list. The measurements are in
 `docs/design/model.md`, "The body".
+
+Only copies whose modules are all of torch and transformers are changed. Other code may compare classes, write to the
+tables of modules, or do something when its class gets a subclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from backprompt.model.linear import is_plain
+
+LIBRARIES = frozenset({"backprompt", "torch", "transformers"})
+"""The packages whose modules are changed."""
 
 OUTPUTS_FIRST = "backprompt_outputs_first"
 """The name under which GPT-2's linear layers keep a view of their weights, `(outputs, inputs)`."""
 
 
 def make_lean(private: nn.Module) -> None:
-    """Let the modules within a private copy be read and called in less time; modules with hooks keep their calls."""
+    """Let the modules within a private copy be read and called in less time; modules with hooks keep their calls.
+
+    A copy with a module of other code stays as it is.
+    """
+    modules = list(private.modules())
+    if not all(map(_is_of_library, modules)):
+        return
     settings: dict[int, _Settings] = {}
-    for module in list(private.modules()):
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
+    for module in modules:
         kind: Any = type(module)
         own = vars(module)
         for table in (module._modules, module._parameters):
@@ -62,6 +73,11 @@ class _Settings:
         return getattr(self._original, name)
 
 
+def _is_of_library(module: nn.Module) -> bool:
+    library = type(module).__module__.partition(".")[0]
+    return library in LIBRARIES and not isinstance(module, torch.jit.ScriptModule)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
@@ -83,6 +99,8 @@ def _called_directly(kind: Any) -> Any:
 
 
 def _call(self: nn.Module, *args: Any, **keywords: Any) -> Any:
+    if all_modules._global_forward_pre_hooks or all_modules._global_forward_hooks:
+        return nn.Module.__call__(self, *args, **keywords)
     return self.forward(*args, **keywords)
 
 
@@ -91,25 +109,40 @@ def _children_at(self: nn.ModuleList, place: int | slice) -> nn.Module | list[nn
     return [*self][place] if isinstance(place, slice) else nn.ModuleList.__getitem__(self, place)
 
 
-def _return_input(self: nn.Dropout, rows: Tensor) -> Tensor:
-    return self.forward(rows) if self.training else rows
+def _is_changed(kind: type[nn.Module]) -> bool:
+    """Return whether a class has got another `forward` since, or all modules have got hooks."""
+    has_hooks = all_modules._global_forward_pre_hooks or all_modules._global_forward_hooks
+    return bool(has_hooks) or kind.forward is not _FORWARDS[kind]
 
 
-def _normalize(self: nn.LayerNorm, rows: Tensor) -> Tensor:
-    return torch.layer_norm(rows, self.normalized_shape, self.weight, self.bias, self.eps)
+def _return_input(self: nn.Dropout, input: Tensor) -> Tensor:
+    if self.training or _is_changed(nn.Dropout):
+        return cast(Tensor, _call(self, input))
+    return input
 
 
-def _multiply(self: Conv1D, rows: Tensor) -> Tensor:
+def _normalize(self: nn.LayerNorm, input: Tensor) -> Tensor:
+    if _is_changed(nn.LayerNorm):
+        return cast(Tensor, _call(self, input))
+    return torch.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _multiply(self: Conv1D, x: Tensor) -> Tensor:
     weight = vars(self).get(OUTPUTS_FIRST)
-    if weight is None or rows.dim() != 3 or not rows.is_contiguous():  # `linear` may multiply in another order
-        found: Tensor = self.forward(rows)
-        return found
-    return nn.functional.linear(rows, weight, self.bias)
+    # `linear` may multiply rows of another form in another order.
+    if weight is None or x.dim() != 3 or not x.is_contiguous() or _is_changed(Conv1D):
+        return cast(Tensor, _call(self, x))
+    return nn.functional.linear(x, weight, self.bias)
 
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    kind: kind.forward for kind in (nn.Dropout, nn.LayerNorm, Conv1D)
+}
+"""The `forward` of each class whose calls are replaced, when this file was read."""
 
 _CALLS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
-    nn.Dropout.forward: _return_input,
-    nn.LayerNorm.forward: _normalize,
-    Conv1D.forward: _multiply,
+    _FORWARDS[nn.Dropout]: _return_input,
+    _FORWARDS[nn.LayerNorm]: _normalize,
+    _FORWARDS[Conv1D]: _multiply,
 }
 """By `forward`, a call with the same operation."""
