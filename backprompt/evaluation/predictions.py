@@ -69,10 +69,8 @@ class NumberedRows:
 
         `numbers`: the rows in ascending order.
         """
-        indices = [(block, index_on(rows, block.hidden.device)) for block, rows, _ in self.by_block(numbers)]
-        parts = [block.hidden[index] for block, index in indices]
-        is_view = len(parts) == 1 and isinstance(indices[0][1], slice)
-        return parts[0].clone() if is_view else torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts = [block.hidden[index_on(rows, block.hidden.device)] for block, rows, _ in self.by_block(numbers)]
+        return torch.cat(parts)  # consecutive rows are a view until here
 
     def write(self, numbers: Ints, scores: TokenScores) -> None:
         """Write the scores of the rows with these distinct numbers into their blocks; candidates are left out."""

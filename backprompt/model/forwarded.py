@@ -65,16 +65,13 @@ class Forwarded:
         """Return the output of a step that a graph computes; rows without places are copied."""
         output, num_rows = launched.graph.recording.output, len(launched.rows)
         keys_values, hidden = output.keys_values, output.hidden[:num_rows]
-        are_placed, way = launched.step.are_placed, cls._way_of(launched)
+        are_placed = launched.step.are_placed
+        way: Way = "recorded" if launched.is_first else "replayed"
         if launched.step.places is None:
             keys_values, hidden = keys_values.copied([slice(0, num_rows)]), hidden.clone()
         elif not are_placed:
             keys_values = keys_values.first_rows(num_rows)
         return cls(keys_values, hidden, output.is_finite, are_placed=are_placed, way=way, launched=launched)
-
-    @staticmethod
-    def _way_of(launched: Launched) -> Way:
-        return "recorded" if launched.is_first else "replayed"
 
     @cached_property
     def is_finite(self) -> bool:
