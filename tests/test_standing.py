@@ -16,6 +16,7 @@ from test_steps import PROMPTS, Texts, prompts
 
 from backprompt.attention.base import CannotStandError, Scoring
 from backprompt.attention.calls import CallsAttention
+from backprompt.attention.device_tables import DeviceTables
 from backprompt.attention.shapes import Launch
 from backprompt.attention.tables import Segments
 from backprompt.attention.tiles import Tile
@@ -193,3 +194,19 @@ def test_calls_that_begin_at_a_later_step() -> None:
         steps.advance()
         prepared.advance()
         plain.advance()
+
+
+def test_tables_that_had_no_room_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not advanced from a step that was never set: its last piece was full, so the next step has another piece."""
+    rows, launch = Rows([16, 5], 0), Launch(SMALL)
+    segments = Segments.of(rows.segments, rows.positions)
+    standing = OneLaunch(segments, has_room=True)
+    standing.attend(0, *rows.of_pass(0), Scoring(0.4), launch)
+    segments = segments.next_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTables, "load", lambda self, segments, work: False)
+        assert not standing.load(segments)
+    assert standing.load(segments)
+    of_pass = rows.of_pass(1)
+    expected = OneLaunch(segments).attend(0, *of_pass, Scoring(0.4), launch)
+    torch.testing.assert_close(standing.attend(0, *of_pass, Scoring(0.4), launch), expected, rtol=1e-5, atol=1e-5)

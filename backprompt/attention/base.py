@@ -69,7 +69,7 @@ class StandingAttention(Protocol):
         ...
 
     def load(self, prepared: PreparedAttention) -> bool:
-        """Set the next step; return False if the tables have no room for it: then a new object is needed."""
+        """Set the next step; return False if the tables have no room: then a load must succeed before the next use."""
         ...
 
     def load_next(self, prepared: PreparedAttention) -> bool:

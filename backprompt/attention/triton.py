@@ -236,17 +236,20 @@ class OneLaunch:
         return sum(tables.numbers.nbytes for tables in self.tables.values()) + sum(partial)
 
     def load(self, segments: Segments) -> bool:
-        """Set another pass; return False if there is no room for it. Then this object cannot be used any more.
+        """Set another pass; return False if there is no room for it. Then `load` must succeed before the next use.
 
         The blocks of the pass are not kept alive here: other objects keep them during the step.
         """
         num_steps = segments.steps_since(self.segments)
-        self.segments = replace(segments, blocks=())
-        return all(
+        is_loaded = all(
             (num_steps is not None and tables.advance(segments, num_steps))
             or tables.load(segments, Work.of(segments, launch.cut(shape), window))
             for (shape, launch, window), tables in self.tables.items()
         )
+        self.segments = replace(segments, blocks=())
+        if not is_loaded:  # some tables may be of another step now
+            self.segments = replace(self.segments, first_step=object())
+        return is_loaded
 
     def _tables_of(self, shape: Shape, launch: Launch, scoring: Scoring) -> DeviceTables:
         of_tables = shape, launch, scoring.window
